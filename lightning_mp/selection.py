@@ -1,0 +1,156 @@
+"""Find modules by class and by pattern over their dotted name; an item that finds none is an error."""
+
+import difflib
+import fnmatch
+from collections.abc import Iterable, Iterator
+from typing import TypeAlias
+
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from lightning_mp.errors import SettingTypeError, UnmatchedPatternError
+
+__all__ = ["Selector", "clean_fqn", "named_inner_modules", "select_modules"]
+
+Selector: TypeAlias = str | type[nn.Module]
+
+# torch.compile, checkpoint_wrapper and FSDP1 put the wrapped module under these names.
+_WRAPPER_COMPONENTS = frozenset({"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"})
+# These put it under ``module``, a name that a user's own module may have too.
+_MODULE_WRAPPERS = (DistributedDataParallel, nn.DataParallel)
+_MAX_NEAREST = 3
+
+
+def clean_fqn(name: str, model: nn.Module | None = None) -> str:
+    """Return a dotted name without what wrappers add to it.
+
+    Args:
+        name: Name of a module, parameter or buffer, as torch gives it.
+        model: The module that ``name`` starts from. With it, a ``module`` that
+            DistributedDataParallel or DataParallel adds is dropped as well. The name alone cannot
+            tell that from an attribute of the user's, which stays.
+
+    Returns:
+        The name that the user would write.
+
+    Example:
+        >>> clean_fqn("encoder._orig_mod.norm._checkpoint_wrapped_module.weight")
+        'encoder.norm.weight'
+    """
+    return ".".join(_own_components(name, model)) if name else ""
+
+
+def _own_components(name: str, model: nn.Module | None) -> Iterator[str]:
+    parent: object = model
+    for component in name.split("."):
+        added = component in _WRAPPER_COMPONENTS or (component == "module" and isinstance(parent, _MODULE_WRAPPERS))
+        if not added:
+            yield component
+        parent = parent._modules.get(component) if isinstance(parent, nn.Module) else None
+
+
+def named_inner_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Return every module under every name that it has, seen through wrappers.
+
+    Args:
+        model: Any module, wrapped or not. Its own name is the empty string.
+
+    Returns:
+        Clean dotted names in the order of ``named_modules``. A shared module appears once per name.
+        Where a wrapper and what it wraps have the same name, the wrapped module is returned.
+    """
+    # A wrapper comes before what it wraps and has the same clean name, so the inner module stays.
+    return {clean_fqn(name, model): module for name, module in model.named_modules(remove_duplicate=False)}
+
+
+def select_modules(
+    model: nn.Module, selectors: Selector | Iterable[Selector], *, argument: str
+) -> dict[str, nn.Module]:
+    """Return the modules that any of the patterns and classes selects.
+
+    A pattern is matched by ``fnmatch``, case-sensitively, to the full dotted name: ``"encoder.norm1"``
+    does not select ``encoder.norm10``. A class selects its instances and those of its subclasses.
+    Names are those without wrappers (``torch.compile``, activation checkpointing, DDP, FSDP), and a
+    shared module is found under each of its names. ``model`` itself has no name, so that only a class
+    can select it.
+
+    Args:
+        model: The module to search.
+        selectors: Patterns and classes; a single one may stand alone.
+        argument: Name of the user's setting, for the errors.
+
+    Returns:
+        Modules in the order of ``named_modules``, each object once, under its first name.
+
+    Raises:
+        SettingTypeError: If an item is neither a string nor a class.
+        UnmatchedPatternError: If an item selects nothing; also if the model is empty.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2), nn.LayerNorm(2))
+        >>> list(select_modules(model, ["2", nn.Linear], argument="modules"))
+        ['0', '2']
+    """
+    items = _as_items(selectors, argument)
+    named = named_inner_modules(model)
+    selected = {id(module) for item in items for module in _matches(item, named, model, argument)}
+    first_names: dict[int, str] = {}
+    for name, module in named.items():
+        first_names.setdefault(id(module), name)
+    return {name: named[name] for key, name in first_names.items() if key in selected}
+
+
+def _as_items(selectors: Selector | Iterable[Selector], argument: str) -> list[Selector]:
+    if isinstance(selectors, (str, type)):
+        return [selectors]
+    if not isinstance(selectors, Iterable):
+        raise SettingTypeError(
+            f"{argument}={selectors!r} is a {type(selectors).__name__}. Pass dotted-name patterns and module classes."
+        )
+    items = list(selectors)
+    for item in items:
+        _check_item(item, argument)
+    return items
+
+
+def _check_item(item: object, argument: str) -> None:
+    if isinstance(item, nn.Module):
+        raise SettingTypeError(
+            f"{argument}: found a {type(item).__name__} object. Pass its class or the pattern of its dotted name."
+        )
+    if not isinstance(item, (str, type)):
+        raise SettingTypeError(
+            f"{argument}: {item!r} is a {type(item).__name__}. Pass dotted-name patterns and module classes."
+        )
+
+
+def _matches(item: Selector, named: dict[str, nn.Module], model: nn.Module, argument: str) -> list[nn.Module]:
+    if isinstance(item, str):
+        found = [module for name, module in named.items() if name and fnmatch.fnmatchcase(name, item)]
+    else:
+        found = [module for module in named.values() if isinstance(module, item)]
+    if not found:
+        raise UnmatchedPatternError(_unmatched_text(item, named, model, argument))
+    return found
+
+
+def _unmatched_text(item: Selector, named: dict[str, nn.Module], model: nn.Module, argument: str) -> str:
+    owner = type(named.get("", model)).__name__
+    if isinstance(item, str):
+        rule, kind, wanted = "Patterns are matched to the full dotted name", "names", item
+        candidates = [name for name in named if name]
+    else:
+        rule, kind, wanted = "Classes are matched with isinstance", "classes", item.__name__
+        candidates = list(dict.fromkeys(type(module).__name__ for module in named.values()))
+    found = repr(item) if isinstance(item, str) else f"class {wanted}"
+    nearest = _nearest(wanted, candidates)
+    advice = f"Nearest {kind}: {', '.join(nearest)}." if nearest else "It has no modules inside."
+    return f"{argument}: {found} matches no module of {owner}. {rule}. {advice}"
+
+
+def _nearest(wanted: str, candidates: list[str]) -> list[str]:
+    """Return the most similar names, those that end in ``wanted`` first: a prefix is often forgotten."""
+    ending = fnmatch.filter(candidates, f"*.{wanted}")
+    # cutoff=0: however far, the nearest names show what names look like in this model.
+    similar = difflib.get_close_matches(wanted, candidates, n=_MAX_NEAREST, cutoff=0.0)
+    return list(dict.fromkeys([*ending, *similar]))[:_MAX_NEAREST]
