@@ -1,5 +1,26 @@
 """Mixed-precision training for PyTorch Lightning: fast, small and visible."""
 
 from lightning_mp.__about__ import __version__
+from lightning_mp.errors import (
+    FP8UnavailableError,
+    LightningMPError,
+    LossScaleError,
+    OverflowFoundError,
+    UnmatchedPatternError,
+    UnsupportedError,
+)
+from lightning_mp.loss_scale import DynamicLossScale, StaticLossScale
+from lightning_mp.precision import MixedPrecision
 
-__all__ = ["__version__"]
+__all__ = [
+    "DynamicLossScale",
+    "FP8UnavailableError",
+    "LightningMPError",
+    "LossScaleError",
+    "MixedPrecision",
+    "OverflowFoundError",
+    "StaticLossScale",
+    "UnmatchedPatternError",
+    "UnsupportedError",
+    "__version__",
+]

@@ -1,0 +1,55 @@
+"""Reading what the device found out."""
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+__all__ = ["Readback"]
+
+
+class Readback:
+    """The one place that reads a result of the device. ``count`` says how often it did.
+
+    A ``Readback`` object is a read that was asked for and not waited for: on CUDA the values travel
+    to pinned memory behind the work that produces them, and ``wait`` blocks on an event that is by
+    then one step old.
+
+    Args:
+        values: 0-dim FP32 tensors of one device.
+    """
+
+    count: ClassVar[int] = 0
+
+    def __init__(self, values: Sequence[Tensor]) -> None:
+        packed = torch.stack(list(values))
+        self._event: torch.cuda.Event | None = None
+        if packed.is_cuda:
+            self._host = torch.empty(packed.shape, dtype=packed.dtype, pin_memory=True)
+            self._host.copy_(packed, non_blocking=True)
+            self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._event.record()
+        else:
+            self._host = packed
+
+    def wait(self) -> list[float]:
+        """Return the values as numbers once they have arrived."""
+        if self._event is not None:
+            self._event.synchronize()
+        return self.read(self._host)
+
+    @classmethod
+    def read(cls, values: Tensor) -> list[float]:
+        """Return the numbers of a 1-dim tensor, now."""
+        cls.count += 1
+        numbers: list[float] = values.tolist()
+        return numbers
+
+    @classmethod
+    def read_all(cls, values: Sequence[Tensor]) -> list[float]:
+        """Return the numbers of 0-dim tensors, now: one read."""
+        if all(v.device.type == "cpu" for v in values):
+            cls.count += 1
+            return [v.item() for v in values]
+        return cls.read(torch.stack(list(values)))

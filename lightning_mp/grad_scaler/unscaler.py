@@ -1,0 +1,174 @@
+"""Dividing each gradient by the loss scale exactly once, and finding the non-finite ones."""
+
+from collections.abc import Iterable, Iterator
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn import Parameter
+from torch.optim import Optimizer
+
+from lightning_mp.grad_scaler.scaler import LossScaler
+
+__all__ = ["GradientUnscaler", "gradient_amaxes"]
+
+_UNSCALED = "_lightning_mp_unscaled"
+
+
+class GradientUnscaler:
+    """Divide gradients by the loss scale exactly once, and find the non-finite ones.
+
+    Under manual optimization several backwards and steps mix within a batch. A gradient that was
+    unscaled carries a mark: a second optimizer that shares its parameter does not divide it again,
+    and before a further backward adds to it, it is multiplied back.
+
+    Args:
+        scaler: The loss scaler; ``None`` only checks.
+        is_manual: Whether gradients are to be marked.
+        is_sharded: Whether ranks hold different shards, so that ``found_inf`` must be agreed on.
+    """
+
+    def __init__(self, scaler: LossScaler | None, *, is_manual: bool = False, is_sharded: bool = False) -> None:
+        self._scaler = scaler
+        self._marks = is_manual and scaler is not None
+        self._is_sharded = is_sharded
+        self._found_inf: dict[int, Tensor | None] = {}
+        self._marked: list[Parameter] = []
+        self._ones: dict[torch.device, Tensor] = {}
+        self._backwards = 0
+        self._backwards_at_step: dict[int, int] = {}
+
+    def before_backward(self) -> None:
+        """Prepare for a backward: gradients that it may add to are scaled again."""
+        self._backwards += 1
+        self._found_inf.clear()
+        for param in self._marked:
+            grad = param.grad
+            if grad is not None and getattr(grad, _UNSCALED, False) and self._scaler is not None:
+                _values(grad).mul_(self._scaler.scale_tensor(grad.device).to(grad.device))
+                delattr(grad, _UNSCALED)
+        self._marked.clear()
+
+    def unscale_(self, optimizer: Optimizer) -> Tensor | None:
+        """Unscale the optimizer's gradients in place, unless that was done since the last backward.
+
+        Args:
+            optimizer: Whose parameters' gradients to divide by the scale.
+
+        Returns:
+            0-dim FP32 tensor, nonzero if a gradient was Inf or NaN before clipping could hide it;
+            ``None`` if no parameter has a gradient.
+        """
+        key = id(optimizer)
+        if key not in self._found_inf:
+            self._found_inf[key] = self._unscale_all_(optimizer)
+        return self._found_inf[key]
+
+    def finish(self, optimizer: Optimizer) -> None:
+        """Forget the optimizer's result: its step is over."""
+        self._found_inf.pop(id(optimizer), None)
+        self._backwards_at_step[id(optimizer)] = self._backwards
+
+    def has_unannounced_gradients(self, optimizer: Optimizer) -> bool:
+        """Tell whether gradients are there that no backward through this object made.
+
+        They were never multiplied by the scale, as after ``loss.backward()``.
+        """
+        if self._scaler is None or self._backwards != self._backwards_at_step.get(id(optimizer), 0):
+            return False
+        return any(not getattr(p.grad, _UNSCALED, False) for p in _params(optimizer) if p.grad is not None)
+
+    def rescale_pending_(self, optimizers: Iterable[Optimizer], ratio: Tensor) -> None:
+        """Multiply gradients that still wait for their step by new scale over old scale.
+
+        An optimizer that steps every other batch accumulates under one scale only if what it holds
+        follows the scale. Exact for factors that are powers of two.
+        """
+        seen = set()
+        for optimizer in optimizers:
+            for param in _params(optimizer):
+                grad = param.grad
+                if grad is not None and id(param) not in seen and not getattr(grad, _UNSCALED, False):
+                    seen.add(id(param))
+                    _values(grad).mul_(ratio.to(grad.device))
+
+    def _unscale_all_(self, optimizer: Optimizer) -> Tensor | None:
+        fresh: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+        known: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+        marks = self._marks
+        for param in _params(optimizer):
+            grad = param.grad
+            if grad is None:
+                continue
+            values = _values(grad)
+            if marks and getattr(grad, _UNSCALED, False):
+                known.setdefault((values.device, values.dtype), []).append(values)
+                continue
+            fresh.setdefault((values.device, values.dtype), []).append(values)
+            if marks:
+                setattr(grad, _UNSCALED, True)
+                self._marked.append(param)
+        if not fresh and not known:
+            return self._agree(None)
+        found_inf = torch.zeros((), device=next(iter(fresh or known))[0])
+        self._check_and_multiply_(fresh, found_inf, scaled=self._scaler is not None)
+        self._check_and_multiply_(known, found_inf, scaled=False)
+        return self._agree(found_inf)
+
+    def _check_and_multiply_(
+        self, groups: dict[tuple[torch.device, torch.dtype], list[Tensor]], found_inf: Tensor, *, scaled: bool
+    ) -> None:
+        for (device, _), grads in groups.items():
+            factor = self._inverse_scale(device) if scaled else self._one(device)
+            found = found_inf if device == found_inf.device else torch.zeros((), device=device)
+            torch._amp_foreach_non_finite_check_and_unscale_(grads, found, factor)
+            if found is not found_inf:
+                found_inf.add_(found.to(found_inf.device))
+
+    def _agree(self, found_inf: Tensor | None) -> Tensor | None:
+        if not self._is_sharded or not dist.is_initialized() or found_inf is None:
+            return found_inf
+        dist.all_reduce(found_inf, op=dist.ReduceOp.MAX)
+        return found_inf
+
+    def _one(self, device: torch.device) -> Tensor:
+        if device not in self._ones:
+            self._ones[device] = torch.ones((), device=device)
+        return self._ones[device]
+
+    def _inverse_scale(self, device: torch.device) -> Tensor:
+        scale = self._scaler.scale_tensor(device)  # type: ignore[union-attr]
+        # In double and rounded once, as torch does: 1/scale in FP32 is exact for powers of two only.
+        inverse = scale.reciprocal() if scale.device.type == "mps" else scale.double().reciprocal().float()
+        return inverse.to(device, non_blocking=True)
+
+
+def gradient_amaxes(optimizer: Optimizer) -> tuple[list[Parameter], Tensor]:
+    """Measure the largest magnitude of each gradient of the optimizer, without asking the host.
+
+    Returns:
+        The parameters that have a non-empty gradient, in ``param_groups`` order, and an FP32 tensor
+        of shape (number of them,) with Inf or NaN where a gradient has one.
+    """
+    params = [p for p in _params(optimizer) if p.grad is not None and _values(p.grad).numel() > 0]
+    if not params:
+        return [], torch.zeros(0)
+    amaxes = [_values(p.grad).abs().amax().float() for p in params]  # type: ignore[arg-type]
+    return params, torch.stack([a.to(amaxes[0].device) for a in amaxes])
+
+
+def _params(optimizer: Optimizer) -> Iterator[Parameter]:
+    for group in optimizer.param_groups:
+        yield from group["params"]
+
+
+def _values(grad: Tensor) -> Tensor:
+    """Return the real, dense, local tensor that holds the gradient's numbers."""
+    if grad.layout is torch.strided and not grad.is_complex() and type(grad) is Tensor:
+        return grad
+    if hasattr(grad, "to_local"):
+        grad = grad.to_local()
+    if grad.is_sparse:
+        # Duplicate indices add up only when coalesced: an FP16 sum can overflow then.
+        grad = grad._values()
+    return torch.view_as_real(grad) if grad.is_complex() else grad

@@ -1,0 +1,491 @@
+"""``MixedPrecision``, the Precision plugin: it orders the hooks and leaves the numerics to the engines."""
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Protocol
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.plugins.precision import FSDPPrecision, Precision
+from lightning.pytorch.utilities import GradClipAlgorithmType
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_mp.casting import autocast_region, is_autocast_cache_safe
+from lightning_mp.errors import LightningMPError, SettingValueError, UnsupportedError
+from lightning_mp.grad_scaler import LossScaler, Readback, gradient_amaxes
+from lightning_mp.hardware import bf16_support, default_device, resolve_auto
+from lightning_mp.loss_scale import DynamicLossScale, StaticLossScale
+from lightning_mp.policy import PrecisionPolicy
+from lightning_mp.precision.checkpoint import (
+    LEGACY_KEYS,
+    dump_state,
+    restore_ledger,
+    restore_scaler,
+    saved_precision,
+)
+from lightning_mp.precision.checks import check_optimizers, check_parameters, check_strategy
+from lightning_mp.precision.dispatch import call_hooks, is_module_hook_overridden
+from lightning_mp.precision.manifest import ManifestRow, build_manifest
+from lightning_mp.precision.notices import notice, notice_once
+from lightning_mp.precision.region import TrainStepRegion
+from lightning_mp.precision.schedulers import SchedulerHold
+from lightning_mp.precision.stepping import OptimizerStepper
+from lightning_mp.precision.steps import Attempt, StepLedger, StepReport
+
+__all__ = ["MixedPrecision", "ModulePin"]
+
+
+class ModulePin(Protocol):
+    """What ``register_pin`` takes: something that keeps modules in FP32 between setup and teardown."""
+
+    def apply_(self, module: nn.Module) -> None:
+        """Pin what matches, in place, before anything is cast."""
+
+    def undo_(self) -> None:
+        """Leave the module as it was before ``apply_``."""
+
+
+class MixedPrecision(FSDPPrecision):
+    """Train in mixed precision: ``Trainer(plugins=[MixedPrecision("bf16")])``.
+
+    All arguments take plain types, so that a LightningCLI YAML file can set them.
+
+    Args:
+        precision: ``"fp32"``, ``"fp16"``, ``"bf16"``, or ``"auto"`` (BF16 where the device has it,
+            else FP16); Lightning's names such as ``"16-mixed"`` are accepted too.
+        loss_scale: ``None`` (dynamic for FP16, none otherwise), ``"dynamic"``, a number (static), a
+            rule, or a dict of the rule's fields.
+        master_weights: Where the FP32 values live that the optimizer updates. ``"params"``: in the
+            parameters themselves.
+        fp8: Settings of the FP8 path; only with ``precision="fp8"``.
+        reduce_dtype: Dtype in which DDP reduces gradients: ``"fp32"``, ``"bf16"`` or ``"fp16"``.
+        on_nonfinite: What happens to a step with Inf or NaN gradients, in any precision: ``"skip"``,
+            ``"raise"`` or ``"ignore"``. Under a dynamic loss scale an overflow of scaled gradients is
+            always skipped, and this speaks of a non-finite unscaled loss only.
+        hold_schedulers: Whether step-interval LR schedulers wait for applied steps.
+        device: Device type such as ``"cuda"``; ``None`` follows the Trainer.
+
+    Raises:
+        SettingTypeError: If an argument has a type that is not allowed.
+        SettingValueError: If an argument is not known, or two exclude each other.
+
+    Note:
+        In FP16, ``on_before_backward`` and ``on_after_backward`` see the scaled loss and gradients;
+        ``on_before_optimizer_step`` and clipping see unscaled ones. ``Trainer.global_step`` counts
+        attempts, skipped steps included; ``applied_steps`` counts updates.
+    """
+
+    def __init__(
+        self,
+        precision: str | int,
+        *,
+        loss_scale: str | float | dict[str, Any] | DynamicLossScale | StaticLossScale | None = None,
+        master_weights: str = "params",
+        fp8: dict[str, Any] | None = None,
+        reduce_dtype: str = "fp32",
+        on_nonfinite: str = "skip",
+        hold_schedulers: bool = True,
+        device: str | None = None,
+    ) -> None:
+        # FSDPPrecision.__init__ is left out: it accepts other names and builds its own scaler. This
+        # class derives from it only because FSDPStrategy takes nothing else.
+        asked = PrecisionPolicy.parse(
+            precision,
+            loss_scale=loss_scale,
+            master_weights=master_weights,
+            fp8=fp8,
+            reduce_dtype=reduce_dtype,
+            on_nonfinite=on_nonfinite,
+            hold_schedulers=hold_schedulers,
+            device=device,
+        )
+        _refuse_unfinished(asked)
+        self._asked = asked
+        self._module: LightningModule | None = None
+        self._holds: list[SchedulerHold] = []
+        self._handles: list[Any] = []
+        self._model: nn.Module | None = None
+        self._owed: list[int] = []
+        self._pins: list[ModulePin] = []
+        self._applied_pins: list[ModulePin] = []
+        self.scaler: LossScaler | None = None  # type: ignore[assignment]
+        self._ledger = StepLedger(None, asked.on_nonfinite)
+        self._resolve(torch.device(asked.device) if asked.device else default_device())
+
+    # --- What users read -------------------------------------------------------------------------
+
+    @property
+    def last_step(self) -> StepReport | None:
+        """The latest optimizer step that had gradients; reading it waits for the device."""
+        self.settle()
+        return self._ledger.last_step
+
+    @property
+    def applied_steps(self) -> int:
+        """Optimizer steps whose update was applied."""
+        self.settle()
+        return self._ledger.applied_steps
+
+    @property
+    def skipped_steps(self) -> int:
+        """Optimizer steps that were left out because of Inf or NaN gradients."""
+        self.settle()
+        return self._ledger.skipped_steps
+
+    @property
+    def consecutive_skips(self) -> int:
+        """Skipped steps in a row up to now."""
+        self.settle()
+        return self._ledger.consecutive_skips
+
+    def manifest(self) -> list[ManifestRow]:
+        """Return which module computes in what, as of now, one frozen row per module with parameters.
+
+        Raises:
+            UnsupportedError: If no model was set up yet.
+        """
+        if self._module is None:
+            raise UnsupportedError("manifest() needs a model: call it after Trainer.fit or validate has set one up.")
+        return build_manifest(self._module, self.policy)
+
+    def fp32_state_dict(self, module: nn.Module) -> dict[str, Any]:
+        """Return ``module.state_dict()`` with floating-point weights in full precision."""
+        self.settle()
+        state: dict[str, Any] = module.state_dict()
+        return state
+
+    def settle(self) -> None:
+        """Wait for the outcome of the latest step, count it, and let held schedulers advance.
+
+        Raises:
+            OverflowFoundError: If ``on_nonfinite="raise"`` and that step was non-finite.
+            LossScaleError: If the loss scale has been at its floor for too long.
+        """
+        if self._ledger.pending is not None:
+            self._ledger.settle()
+
+    def add_step_listener(self, listener: Callable[[StepReport], str | None]) -> None:
+        """Call ``listener`` with the report of each settled step, in order, on every rank.
+
+        It runs before the update that follows. What it returns, if anything, names the culprit in
+        the message of an error that this step raises.
+        """
+        self._ledger.listeners.append(listener)
+
+    def remove_step_listener(self, listener: Callable[[StepReport], str | None]) -> None:
+        """Stop calling ``listener``; nothing happens if it is not known."""
+        if listener in self._ledger.listeners:
+            self._ledger.listeners.remove(listener)
+
+    def register_pin(self, pin: ModulePin) -> None:
+        """Apply ``pin`` whenever a model is set up, and undo it at teardown. Registering twice is once."""
+        if pin not in self._pins:
+            self._pins.append(pin)
+
+    # --- Setup and teardown ----------------------------------------------------------------------
+
+    def _resolve(self, device: torch.device) -> None:
+        """Settle what depends on the device: the precision that "auto" stands for, and the scaler."""
+        policy = self._asked
+        self._auto_reason = ""
+        if policy.precision == "auto":
+            chosen, self._auto_reason = resolve_auto(device)
+            policy = policy.resolve(chosen)
+        self._device = device
+        self.policy = policy
+        self.precision = policy.lightning_precision  # type: ignore[assignment]
+        self._desired_input_dtype = torch.float32
+        rule = policy.active_loss_scale
+        if rule is None:
+            self.scaler = None
+        elif self.scaler is None:
+            self.scaler = LossScaler(rule, device.type)
+        self._ledger.rule = self.scaler.rule if self.scaler is not None else None
+        self._stepper = OptimizerStepper(self.scaler, self._ledger, on_nonfinite=policy.on_nonfinite)
+
+    def convert_module(self, module: nn.Module) -> nn.Module:
+        trainer = getattr(module, "_trainer", None)
+        self._module = module if isinstance(module, LightningModule) else None
+        if trainer is not None:
+            check_strategy(trainer.strategy, self._asked)
+            self._resolve(self._check_device(trainer.strategy.root_device))
+            self._say_what_runs()
+        check_parameters(module, self.policy)
+        for pin in self._pins:
+            pin.apply_(module)
+            self._applied_pins.append(pin)
+        return module
+
+    def _check_device(self, device: torch.device) -> torch.device:
+        if self._asked.device is not None and self._asked.device != device.type:
+            raise SettingValueError(
+                f"device={self._asked.device!r} is set, and the Trainer runs on {device.type!r}. "
+                "Remove device, or set Trainer(accelerator=...) to match."
+            )
+        if self._asked.precision in ("bf16", "fp8"):
+            support = bf16_support(device)
+            if not support.available:
+                raise UnsupportedError(
+                    f"precision={self._asked.precision!r}, but {support.reason}. Use MixedPrecision('fp16') or 'auto'."
+                )
+        return device
+
+    def _say_what_runs(self) -> None:
+        if self.policy.precision == "fp16" and self._device.type == "cpu":
+            notice_once("precision='fp16' on a CPU is exact but very slow: CPUs have no fast FP16 matrix product.")
+        rule = self.scaler.rule if self.scaler is not None else None
+        chosen = f" (chosen by 'auto': {self._auto_reason})" if self._auto_reason else ""
+        notice(
+            f"precision={self.policy.precision!r}{chosen} on {self._device.type}, "
+            f"master_weights={self.policy.master_weights!r}, loss scale {rule or 'none'}, "
+            f"on_nonfinite={self.policy.on_nonfinite!r}."
+        )
+
+    def connect(
+        self, model: nn.Module, optimizers: list[Optimizer], lr_schedulers: list[Any]
+    ) -> tuple[nn.Module, list[Optimizer], list[Any]]:
+        trainer = getattr(self._module, "_trainer", None)
+        # validate and test connect again, with the optimizers of an earlier fit.
+        if optimizers and (trainer is None or trainer.state.fn == "fit"):
+            self._release()
+            check_optimizers(optimizers, self.policy)
+            self._attach(model, optimizers, lr_schedulers)
+        return model, optimizers, lr_schedulers
+
+    def _attach(self, model: nn.Module, optimizers: list[Optimizer], lr_schedulers: list[Any]) -> None:
+        is_manual = self._module is not None and not self._module.automatic_optimization
+        self._model = model
+        self._stepper = OptimizerStepper(
+            self.scaler,
+            self._ledger,
+            on_nonfinite=self.policy.on_nonfinite,
+            is_manual=is_manual,
+            optimizers=list(optimizers),
+            is_sharded=_is_sharded(model, optimizers),
+            is_log_step=self._is_log_step,
+        )
+        self._ledger.on_settled = self._release_schedulers
+        self._ledger.name_parameter = self._name_first_nonfinite
+        self._handles = [o.register_state_dict_pre_hook(lambda _: self.settle()) for o in optimizers]
+        if self.policy.hold_schedulers:
+            self._hold_schedulers(lr_schedulers, is_manual=is_manual)
+        reduce_dtype = self.policy.reduce_torch_dtype
+        if reduce_dtype is not torch.float32 and isinstance(model, nn.parallel.DistributedDataParallel):
+            _compress_reduction(model, reduce_dtype)
+
+    def _hold_schedulers(self, configs: list[Any], *, is_manual: bool) -> None:
+        for config in configs:
+            if is_manual:
+                hold = SchedulerHold(config.scheduler, self._ledger, is_active=lambda: self._stepper.is_in_batch)
+            elif config.interval == "step":
+                hold = SchedulerHold(
+                    config.scheduler, self._ledger, frequency=config.frequency, settles_now=self._is_log_step
+                )
+            else:
+                continue
+            self._holds.append(hold)
+        for hold, owed in zip(self._holds, self._owed, strict=False):
+            hold.owed = owed
+
+    def _release_schedulers(self, attempt: Attempt) -> None:
+        for hold in self._holds:
+            hold.settled(attempt)
+
+    def _release(self) -> None:
+        """Undo what ``connect`` did to optimizers and schedulers."""
+        for handle in self._handles:
+            handle.remove()
+        for hold in self._holds:
+            hold.release()
+        self._owed = [hold.owed for hold in self._holds] or self._owed
+        self._handles, self._holds, self._model = [], [], None
+        self._ledger.latest.clear()
+        self._stepper = OptimizerStepper(self.scaler, self._ledger, on_nonfinite=self.policy.on_nonfinite)
+
+    def teardown(self) -> None:
+        trainer = getattr(self._module, "_trainer", None)
+        interrupted = trainer is not None and trainer.state.status == "interrupted"
+        try:
+            self.settle()
+        except LightningMPError as error:
+            if not interrupted:
+                raise
+            notice(f"while the run was being interrupted: {error}")
+        finally:
+            self._release()
+            while self._applied_pins:
+                self._applied_pins.pop().undo_()
+
+    # --- Regions ---------------------------------------------------------------------------------
+
+    def forward_context(self) -> AbstractContextManager[Any]:
+        if self.policy.precision == "fp32":
+            return nullcontext()
+        return autocast_region(self._device.type, self.policy.compute_dtype, cache_weights=False)
+
+    def train_step_context(self) -> TrainStepRegion:  # type: ignore[override]
+        region = None
+        if self.policy.precision != "fp32":
+            region = autocast_region(
+                self._device.type, self.policy.compute_dtype, cache_weights=is_autocast_cache_safe()
+            )
+        return TrainStepRegion(region, self._stepper.enter_batch, self._stepper.exit_batch)
+
+    def val_step_context(self) -> AbstractContextManager[Any]:  # type: ignore[override]
+        self.settle()
+        return self.forward_context()
+
+    def test_step_context(self) -> AbstractContextManager[Any]:  # type: ignore[override]
+        return self.forward_context()
+
+    def predict_step_context(self) -> AbstractContextManager[Any]:  # type: ignore[override]
+        return self.forward_context()
+
+    def convert_input(self, data: Any) -> Any:
+        return data
+
+    def convert_output(self, data: Any) -> Any:
+        return data
+
+    def tensor_init_context(self) -> AbstractContextManager[Any]:
+        return nullcontext()
+
+    def module_init_context(self) -> AbstractContextManager[Any]:
+        return nullcontext()
+
+    # --- Backward and step -----------------------------------------------------------------------
+
+    def pre_backward(self, tensor: Tensor, module: LightningModule) -> Tensor:  # type: ignore[override]
+        tensor = self._stepper.before_backward(tensor)
+        call_hooks(module.trainer, module, "on_before_backward", tensor)
+        return tensor
+
+    def post_backward(self, tensor: Tensor, module: LightningModule) -> Tensor:  # type: ignore[override]
+        self._stepper.after_backward()
+        call_hooks(module.trainer, module, "on_after_backward")
+        return tensor.detach()
+
+    def optimizer_step(  # type: ignore[override]
+        self, optimizer: Optimizer, model: LightningModule, closure: Callable[[], Any], **kwargs: Any
+    ) -> Any:
+        return self._stepper.step(optimizer, closure, lambda o: self._after_closure(model, o), kwargs)
+
+    def _after_closure(self, model: LightningModule, optimizer: Optimizer) -> None:  # type: ignore[override]
+        trainer = model.trainer
+        call_hooks(trainer, model, "on_before_optimizer_step", optimizer)
+        clip_val = trainer.gradient_clip_val
+        if clip_val or is_module_hook_overridden(model, "configure_gradient_clipping"):
+            self._clip_gradients(model, optimizer, clip_val, gradient_clip_algorithm=trainer.gradient_clip_algorithm)
+
+    def unscale_gradients(self, optimizer: Optimizer) -> None:
+        """Divide the optimizer's gradients by the loss scale now, once; the step knows that it is done."""
+        self._stepper.unscaler.unscale_(_unwrap(optimizer))
+
+    # --- Clipping --------------------------------------------------------------------------------
+
+    def clip_gradients(
+        self,
+        optimizer: Optimizer,
+        clip_val: int | float = 0.0,
+        gradient_clip_algorithm: GradClipAlgorithmType = GradClipAlgorithmType.NORM,
+    ) -> None:
+        optimizer = _unwrap(optimizer)
+        if clip_val > 0:
+            self._stepper.check_announced(optimizer)
+            self._stepper.unscaler.unscale_(optimizer)
+        Precision.clip_gradients(self, optimizer, clip_val, gradient_clip_algorithm)
+
+    def clip_grad_by_norm(self, optimizer: Optimizer, clip_val: int | float) -> None:
+        self._stepper.clip_by_norm(self._model, list(self.main_params(optimizer)), clip_val)
+
+    # --- Naming the culprit ----------------------------------------------------------------------
+
+    def _name_first_nonfinite(self, attempt: Attempt) -> str | None:
+        """Name the parameter whose gradient went non-finite first: the last one in registration order.
+
+        Backward runs from the loss to the inputs, so the layer next to the loss comes first.
+        """
+        params, amaxes = attempt.amaxes if attempt.amaxes is not None else gradient_amaxes(attempt.optimizer)
+        if not params or self._module is None:
+            return None
+        finite = [abs(a) < float("inf") for a in Readback.read(amaxes)]
+        bad = {id(p) for p, is_finite in zip(params, finite, strict=True) if not is_finite}
+        names = [n for n, p in self._module.named_parameters() if id(p) in bad]
+        return names[-1] if names else None
+
+    # --- Checkpoints -----------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        self.settle()
+        owed = [hold.owed for hold in self._holds] or self._owed
+        return dump_state(self.policy.precision, self.scaler, self._ledger, owed)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        self._ledger.pending = None
+        self._owed = restore_ledger(self._ledger, state_dict)
+        for hold, owed in zip(self._holds, self._owed, strict=False):
+            hold.owed = owed
+        changes = restore_scaler(self.scaler, state_dict) if self.scaler is not None and state_dict else []
+        self._ledger.rule = self.scaler.rule if self.scaler is not None else None
+        saved = saved_precision(state_dict)
+        if state_dict and saved != self.policy.precision:
+            changes.insert(
+                0, f"the checkpoint was written in {saved!r}, this run continues in {self.policy.precision!r}"
+            )
+        if changes:
+            notice(f"resuming: {'; '.join(changes)}.")
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if type(self).__qualname__ in checkpoint:
+            return
+        legacy = next((checkpoint[key] for key in LEGACY_KEYS if checkpoint.get(key)), None)
+        if legacy is not None:
+            self.load_state_dict(legacy)
+
+    # --- FSDP ------------------------------------------------------------------------------------
+
+    @property
+    def mixed_precision_config(self) -> Any:
+        """What FSDP casts its shards to: parameters to the compute dtype, gradients to ``reduce_dtype``."""
+        from torch.distributed.fsdp import MixedPrecision as FSDPMixedPrecision
+
+        return FSDPMixedPrecision(param_dtype=self.policy.compute_dtype, reduce_dtype=self.policy.reduce_torch_dtype)
+
+    def _is_log_step(self) -> bool:
+        """Tell whether this batch or the next one logs, and so may read a learning rate or a count."""
+        trainer = getattr(self._module, "_trainer", None)
+        if trainer is None or trainer.log_every_n_steps == 0:
+            return False
+        logged = trainer.fit_loop.epoch_loop._batches_that_stepped
+        every = trainer.log_every_n_steps
+        return (logged + 1) % every == 0 or (logged + 2) % every == 0 or bool(trainer.should_stop)
+
+
+def _refuse_unfinished(policy: PrecisionPolicy) -> None:
+    if policy.precision == "fp8":
+        raise UnsupportedError("precision='fp8' is not in this release. Use MixedPrecision('bf16').")
+    if policy.master_weights != "params":
+        raise UnsupportedError(
+            f"master_weights={policy.master_weights!r} is not in this release. Use master_weights='params'."
+        )
+
+
+def _unwrap(optimizer: Any) -> Optimizer:
+    """Return the optimizer behind a LightningOptimizer, which imitates its class."""
+    inner: Optimizer = optimizer.__dict__.get("_optimizer", optimizer)
+    return inner
+
+
+def _is_sharded(model: nn.Module, optimizers: list[Optimizer]) -> bool:
+    """Tell whether ranks hold different shards: FSDP, or parameters that are DTensors."""
+    if type(model).__name__ == "FullyShardedDataParallel":
+        return True
+    return any(hasattr(p, "to_local") for o in optimizers for group in o.param_groups for p in group["params"])
+
+
+def _compress_reduction(model: nn.parallel.DistributedDataParallel, dtype: torch.dtype) -> None:
+    from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
+
+    hook = default_hooks.bf16_compress_hook if dtype is torch.bfloat16 else default_hooks.fp16_compress_hook
+    model.register_comm_hook(None, hook)

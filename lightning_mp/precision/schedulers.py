@@ -1,0 +1,156 @@
+"""Learning-rate schedulers that advance on applied steps only.
+
+A scheduler keeps its identity, its state and its type's behavior: its class is swapped for a
+subclass whose ``step`` asks first, and swapped back at the end. ``optimizer.step`` never tells a
+scheduler that an update was left out, so without this the learning rate runs ahead of the weights.
+"""
+
+import copyreg
+from collections.abc import Callable
+from typing import Any
+
+from lightning_mp.errors import UnsupportedError
+from lightning_mp.precision.steps import Attempt, StepLedger
+
+__all__ = ["SchedulerHold"]
+
+_HOLD = "_lightning_mp_hold"
+
+
+class SchedulerHold:
+    """Holds one scheduler until the outcome of the step that it follows is known.
+
+    With ``frequency=k`` a scheduler advances after every k applied steps: a skipped one moves the
+    advance to a later step, and k of them drop it.
+
+    Args:
+        scheduler: Any object with ``step()``; one that has an ``optimizer`` follows that one's steps.
+        ledger: Where outcomes are settled.
+        frequency: Attempts between two advances.
+        is_active: Whether a call of ``step()`` now belongs to an optimizer step.
+        settles_now: Whether something is about to read the learning rate.
+    """
+
+    def __init__(
+        self,
+        scheduler: Any,
+        ledger: StepLedger,
+        *,
+        frequency: int = 1,
+        is_active: Callable[[], bool] = lambda: True,
+        settles_now: Callable[[], bool] = lambda: False,
+    ) -> None:
+        self.scheduler = scheduler
+        self.frequency = frequency
+        self.owed = 0
+        self.drops = 0
+        self._ledger = ledger
+        self._is_active = is_active
+        self._settles_now = settles_now
+        self._waiting: tuple[int, Callable[[], None]] | None = None
+        self._original = type(scheduler)
+        self._hold()
+
+    def _hold(self) -> None:
+        held = type(self._original.__name__, (_Held, self._original), {_HOLD: self, "__module__": __name__})
+        try:
+            self.scheduler.__class__ = held
+        except TypeError as error:
+            raise UnsupportedError(
+                f"hold_schedulers=True cannot hold {self._original.__name__}: {error}. "
+                "Pass MixedPrecision(..., hold_schedulers=False) to let it advance on skipped steps too."
+            ) from None
+
+    def release(self) -> None:
+        """Give the scheduler its own class back."""
+        self.scheduler.__class__ = self._original
+
+    def settle(self) -> None:
+        """Settle the pending attempt: somebody reads the scheduler."""
+        self._ledger.settle()
+
+    def request(self, advance: Callable[[], None]) -> None:
+        """Advance now, later or not at all, as the latest attempt of the scheduler's optimizer ends."""
+        attempt = self._attempt()
+        if attempt is None or id(self) in attempt.claimed_by or not self._is_active():
+            self._ledger.settle()
+            advance()
+            return
+        attempt.claimed_by.add(id(self))
+        if attempt.found_inf is None or attempt.report is not None:
+            self._resolve(advance, skipped=attempt.report is not None and attempt.report.skipped)
+            return
+        attempt.scheduler_requests.append((self, advance))
+        if self._settles_now():
+            self._ledger.settle()
+
+    def settled(self, attempt: Attempt) -> None:
+        """Take note of an outcome, and resolve what waited for it."""
+        if attempt.report is None or self._attempt_key() not in (None, id(attempt.optimizer)):
+            return
+        if self.frequency > 1:
+            self._note(skipped=attempt.report.skipped)
+        for hold, advance in attempt.scheduler_requests:
+            if hold is self:
+                self._resolve(advance, skipped=attempt.report.skipped)
+
+    def _note(self, *, skipped: bool) -> None:
+        if not skipped:
+            if self._waiting is not None:
+                left, advance = self._waiting
+                self._waiting = (left - 1, advance)
+                if left == 1:
+                    self._waiting = None
+                    advance()
+            return
+        self.owed += 1
+        if self.owed == self.frequency:
+            self.owed = 0
+            if self._waiting is not None:
+                self._waiting = None
+            else:
+                self.drops += 1
+
+    def _resolve(self, advance: Callable[[], None], *, skipped: bool) -> None:
+        if self.frequency == 1:
+            if not skipped:
+                advance()
+        elif self.drops:
+            self.drops -= 1
+        elif self.owed:
+            self._waiting = (self.owed, advance)
+        else:
+            advance()
+
+    def _attempt_key(self) -> int | None:
+        optimizer = getattr(self.scheduler, "optimizer", None)
+        return None if optimizer is None else id(optimizer)
+
+    def _attempt(self) -> Attempt | None:
+        key = self._attempt_key()
+        if key is not None:
+            return self._ledger.latest.get(key)
+        return max(self._ledger.latest.values(), key=lambda a: a.step, default=None)
+
+
+class _Held:
+    """Mixin of a held scheduler."""
+
+    def step(self, *args: Any, **kwargs: Any) -> None:
+        """Ask before stepping."""
+        advance = super().step  # type: ignore[misc]
+        getattr(self, _HOLD).request(lambda: advance(*args, **kwargs))
+
+    def state_dict(self) -> Any:
+        """Settle before the state is read."""
+        getattr(self, _HOLD).settle()
+        return super().state_dict()  # type: ignore[misc]
+
+    def get_last_lr(self) -> Any:
+        """Settle before the learning rate is read."""
+        getattr(self, _HOLD).settle()
+        return super().get_last_lr()  # type: ignore[misc]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # A copy is a scheduler of the original class, not held by anybody.
+        return copyreg.__newobj__, (getattr(self, _HOLD)._original,), self.__dict__  # type: ignore[attr-defined]

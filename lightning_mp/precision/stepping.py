@@ -1,0 +1,229 @@
+"""From the loss to the update: the order in which backward, unscaling, clipping and the step happen."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_mp.casting import clear_cast_weights
+from lightning_mp.errors import UnsupportedError
+from lightning_mp.grad_scaler import (
+    GradientUnscaler,
+    LossScaler,
+    Readback,
+    gradient_amaxes,
+    skip_on_device,
+    supports_skip_on_device,
+)
+from lightning_mp.precision.checks import is_closure_repeating
+from lightning_mp.precision.repeats import step_with_repeats
+from lightning_mp.precision.steps import Attempt, StepLedger
+
+__all__ = ["OptimizerStepper"]
+
+
+class OptimizerStepper:
+    """Runs optimizer steps under a loss scale, or under a check of the gradients alone.
+
+    Args:
+        scaler: The loss scaler, or ``None``.
+        ledger: Where outcomes are settled.
+        on_nonfinite: ``"skip"``, ``"raise"`` or ``"ignore"``.
+        is_manual: Whether the user calls backward and step.
+        optimizers: All optimizers of the run.
+        is_sharded: Whether ranks hold different shards of the gradients.
+        is_log_step: Tells whether what was counted is about to be logged.
+    """
+
+    def __init__(
+        self,
+        scaler: LossScaler | None,
+        ledger: StepLedger,
+        *,
+        on_nonfinite: str = "skip",
+        is_manual: bool = False,
+        optimizers: list[Optimizer] | None = None,
+        is_sharded: bool = False,
+        is_log_step: Callable[[], bool] = lambda: False,
+    ) -> None:
+        self.scaler = scaler
+        self.ledger = ledger
+        self.unscaler = GradientUnscaler(scaler, is_manual=is_manual, is_sharded=is_sharded)
+        self.is_in_batch = False
+        self._on_nonfinite = on_nonfinite
+        self._is_manual = is_manual
+        self._optimizers = optimizers or []
+        self._is_log_step = is_log_step
+        self._attempt: Attempt | None = None
+        self._loss: Tensor | None = None
+        self._is_loss_stale = False
+        self._batch_found_inf: list[Tensor] = []
+
+    # --- Backward --------------------------------------------------------------------------------
+
+    def before_backward(self, loss: Tensor) -> Tensor:
+        """Return the loss to call backward on."""
+        self._remember_loss(loss)
+        self.unscaler.before_backward()
+        return loss if self.scaler is None else self.scaler.scale(loss)
+
+    def after_backward(self) -> None:
+        """Forget cast weights: a user may change weights between two backwards of one batch."""
+        if self.is_in_batch:
+            clear_cast_weights()
+
+    def _remember_loss(self, loss: Tensor) -> None:
+        loss = loss.detach() if loss.dim() == 0 else loss.detach().sum()
+        if self._is_loss_stale or self._loss is None:
+            self._loss, self._is_loss_stale = loss, False
+        else:
+            # Non-finite losses stay non-finite in the sum: Inf - Inf is NaN.
+            self._loss = self._loss + loss
+
+    # --- Step ------------------------------------------------------------------------------------
+
+    def step(
+        self,
+        optimizer: Optimizer,
+        closure: Callable[[], Any],
+        after_closure: Callable[[Optimizer], None],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """Run the closure, then unscale, hooks and clipping, then the update or none.
+
+        Args:
+            optimizer: The optimizer itself, not Lightning's wrapper.
+            closure: Forward and backward; in manual optimization it does nothing.
+            after_closure: Hooks and clipping, which see unscaled gradients.
+            kwargs: Further arguments of ``optimizer.step``.
+
+        Returns:
+            What ``optimizer.step`` returns; ``None`` for a step that the host skipped.
+        """
+        if is_closure_repeating(optimizer):
+            return step_with_repeats(self.ledger, self.unscaler, optimizer, closure, after_closure, kwargs)
+        result = closure()
+        if self.ledger.pending is not None:
+            self.ledger.settle()
+        self.check_announced(optimizer)
+        attempt = self.ledger.open(optimizer)
+        attempt.found_inf = self.unscaler.unscale_(optimizer)
+        if attempt.found_inf is None:
+            after_closure(optimizer)
+            return self._apply(optimizer, result, kwargs)
+        try:
+            return self._guarded_step(attempt, attempt.found_inf, after_closure, result, kwargs)
+        finally:
+            self._finish(attempt, attempt.found_inf)
+
+    def _guarded_step(
+        self,
+        attempt: Attempt,
+        found_inf: Tensor,
+        after_closure: Callable[[Optimizer], None],
+        result: Any,
+        kwargs: dict[str, Any],
+    ) -> Any:
+        optimizer = attempt.optimizer
+        attempt.loss = self._loss
+        if self.scaler is not None:
+            attempt.loss_scale = self.scaler.scale_tensor(found_inf.device)
+        if self.ledger.wants_culprit:
+            attempt.amaxes = gradient_amaxes(optimizer)
+        self._attempt = attempt
+        after_closure(optimizer)
+        self._attempt = None
+        skip_flag = self._skip_flag(found_inf, self._loss)
+        if skip_flag is not None and not supports_skip_on_device(optimizer):
+            return None if self.ledger.account(attempt).skipped else self._apply(optimizer, result, kwargs)
+        attempt.readback = Readback(attempt.tensors())
+        self.ledger.pending = attempt
+        if skip_flag is None:
+            return self._apply(optimizer, result, kwargs)
+        with skip_on_device(optimizer, skip_flag):
+            return self._apply(optimizer, result, kwargs)
+
+    def _skip_flag(self, found_inf: Tensor, loss: Tensor | None) -> Tensor | None:
+        """Return the 0-dim tensor that says whether to skip, or ``None`` if nothing can make it skip."""
+        if self._on_nonfinite != "ignore":
+            return found_inf
+        if self.scaler is None or not self.scaler.is_dynamic:
+            return None
+        return found_inf if loss is None else found_inf * loss.isfinite().to(found_inf.device)
+
+    def _apply(self, optimizer: Optimizer, result: Any, kwargs: dict[str, Any]) -> Any:
+        if self.scaler is not None:
+            return optimizer.step(**kwargs)
+        return optimizer.step(closure=lambda: result, **kwargs)
+
+    def _finish(self, attempt: Attempt, found_inf: Tensor) -> None:
+        self._attempt = None
+        self._is_loss_stale = True
+        self.unscaler.finish(attempt.optimizer)
+        if self.is_in_batch:
+            clear_cast_weights()
+            self._batch_found_inf.append(found_inf)
+        elif self.scaler is not None:
+            self.scaler.update_(found_inf)
+        if self.ledger.pending is not None and self._is_log_step():
+            self.ledger.settle()
+
+    def check_announced(self, optimizer: Optimizer) -> None:
+        """Refuse gradients of a loss that was never scaled.
+
+        Raises:
+            UnsupportedError: If there is a loss scale and ``loss.backward()`` was called.
+        """
+        if self._is_manual and self.unscaler.has_unannounced_gradients(optimizer):
+            raise UnsupportedError(
+                "precision='fp16': the optimizer has gradients of a loss that was never multiplied by the loss scale. "
+                "Call self.manual_backward(loss) rather than loss.backward() in training_step."
+            )
+
+    # --- Batch -----------------------------------------------------------------------------------
+
+    def enter_batch(self) -> None:
+        """Note that ``training_step`` runs: steps from here on belong to one batch."""
+        self.is_in_batch = True
+
+    def exit_batch(self, succeeded: bool) -> None:
+        """Move the scale once for all optimizers that stepped within ``training_step``."""
+        self.is_in_batch = False
+        found, self._batch_found_inf = self._batch_found_inf, []
+        if not found or not succeeded or self.scaler is None or not self.scaler.is_dynamic:
+            return
+        scale = self.scaler.scale_tensor(found[0].device)
+        before = scale.clone()
+        self.scaler.update_(torch.stack([f.to(scale.device) for f in found]).amax())
+        self.unscaler.rescale_pending_(self._optimizers, scale / before)
+
+    # --- Clipping --------------------------------------------------------------------------------
+
+    def clip_by_norm(self, model: nn.Module | None, params: list[nn.Parameter], clip_val: float) -> None:
+        """Clip the 2-norm of the gradients in place, and note it for the report of this step."""
+        params = [p for p in params if p.grad is not None]
+        if type(model).__name__ == "FullyShardedDataParallel":
+            norm = model.clip_grad_norm_(clip_val)  # type: ignore[union-attr, operator]
+        elif not params:
+            return
+        elif any(hasattr(p, "to_local") for p in params):
+            norm = nn.utils.clip_grad_norm_(params, clip_val)
+            norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        else:
+            norm = nn.utils.get_total_norm([p.grad for p in params if p.grad is not None])
+            nn.utils.clip_grads_with_norm_(params, clip_val, self._harmless(norm))
+        if self._attempt is not None:
+            self._attempt.grad_norm = norm
+
+    def _harmless(self, norm: Tensor) -> Tensor:
+        """Return zero for the norm of a step that is skipped anyway, so that its gradients stay.
+
+        Dividing by an Inf or NaN norm would spread what is non-finite to all of them, and nobody
+        could name the first.
+        """
+        attempt = self._attempt
+        if attempt is None or attempt.found_inf is None or self._on_nonfinite == "ignore":
+            return norm
+        return torch.where(attempt.found_inf.to(norm.device) == 0, norm, torch.zeros_like(norm))

@@ -1,0 +1,174 @@
+"""What became of each optimizer step: attempts, their settlement, and the counts users read."""
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+from torch.nn import Parameter
+
+from lightning_mp.errors import LossScaleError, OverflowFoundError
+from lightning_mp.grad_scaler import Readback
+from lightning_mp.loss_scale import DynamicLossScale, LossScaleRule
+
+__all__ = ["Attempt", "StepLedger", "StepReport"]
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """The outcome of one optimizer step that had gradients.
+
+    Args:
+        step: Index of the attempt, from zero. ``Trainer.global_step`` was this before the attempt.
+        loss_scale: The loss scale that this step's backward used; 1.0 without loss scaling.
+        found_inf: Whether a gradient was Inf or NaN before clipping.
+        skipped: Whether the update was left out.
+        grad_norm: 2-norm of the unscaled gradients before clipping, where clipping computed it.
+        loss_nonfinite: Whether the unscaled loss was Inf or NaN already, so that no scale can help.
+    """
+
+    step: int
+    loss_scale: float
+    found_inf: bool
+    skipped: bool
+    grad_norm: float | None = None
+    loss_nonfinite: bool = False
+
+
+@dataclass
+class Attempt:
+    """An optimizer step on its way: tensors of the device until it is settled."""
+
+    step: int
+    optimizer: Any
+    found_inf: Tensor | None = None
+    loss_scale: Tensor | None = None
+    loss: Tensor | None = None
+    grad_norm: Tensor | None = None
+    amaxes: tuple[list[Parameter], Tensor] | None = None
+    readback: Readback | None = None
+    report: StepReport | None = None
+    scheduler_requests: list[tuple[Any, Callable[[], None]]] = field(default_factory=list)
+    claimed_by: set[int] = field(default_factory=set)
+
+    def tensors(self) -> list[Tensor]:
+        """Return found_inf, then what is known of scale, loss and norm, as 0-dim FP32 tensors of one device."""
+        known = [t for t in (self.found_inf, self.loss_scale, self.loss, self.grad_norm) if t is not None]
+        device = known[0].device
+        return [t.detach().float().to(device, non_blocking=True) for t in known]
+
+
+class StepLedger:
+    """Settles attempts in order, keeps the counts, and stops a run that cannot go on.
+
+    Args:
+        rule: The loss-scaling rule in force, or ``None``.
+        on_nonfinite: ``"skip"``, ``"raise"`` or ``"ignore"``.
+    """
+
+    def __init__(self, rule: LossScaleRule | None, on_nonfinite: str) -> None:
+        self.rule = rule
+        self.on_nonfinite = on_nonfinite
+        self.attempts = 0
+        self.applied_steps = 0
+        self.skipped_steps = 0
+        self.consecutive_skips = 0
+        self.floor_overflows = 0
+        self.last_step: StepReport | None = None
+        self.pending: Attempt | None = None
+        self.latest: dict[int, Attempt] = {}
+        self.listeners: list[Callable[[StepReport], str | None]] = []
+        self.on_settled: Callable[[Attempt], None] = lambda _: None
+        self.name_parameter: Callable[[Attempt], str | None] = lambda _: None
+
+    @property
+    def wants_culprit(self) -> bool:
+        """Whether the next non-finite step may end the run, so that its gradients' names are needed."""
+        if self.on_nonfinite == "raise":
+            return True
+        rule = self.rule
+        return isinstance(rule, DynamicLossScale) and self.floor_overflows + 2 >= rule.floor_patience
+
+    def decides_skip(self, *, found_inf: bool, loss_nonfinite: bool) -> bool:
+        """Tell whether a step with these findings is left out."""
+        if self.on_nonfinite != "ignore":
+            return found_inf
+        return found_inf and isinstance(self.rule, DynamicLossScale) and not loss_nonfinite
+
+    def open(self, optimizer: Any) -> Attempt:
+        """Begin the next attempt."""
+        attempt = Attempt(self.attempts, optimizer)
+        self.attempts += 1
+        self.latest[id(optimizer)] = attempt
+        return attempt
+
+    def read(self, attempt: Attempt) -> StepReport:
+        """Return the outcome of an attempt, waiting for the device if needed."""
+        if attempt.report is None:
+            tensors = attempt.tensors()
+            numbers = iter(attempt.readback.wait() if attempt.readback else Readback.read_all(tensors))
+            found_inf = next(numbers) != 0
+            loss_scale = next(numbers) if attempt.loss_scale is not None else 1.0
+            loss = next(numbers) if attempt.loss is not None else 0.0
+            norm = next(numbers) if attempt.grad_norm is not None else None
+            loss_nonfinite = found_inf and not abs(loss) < float("inf")
+            skipped = self.decides_skip(found_inf=found_inf, loss_nonfinite=loss_nonfinite)
+            attempt.report = StepReport(attempt.step, loss_scale, found_inf, skipped, norm, loss_nonfinite)
+        return attempt.report
+
+    def settle(self) -> None:
+        """Settle the pending attempt, if there is one."""
+        attempt, self.pending = self.pending, None
+        if attempt is not None:
+            self.account(attempt)
+
+    def account(self, attempt: Attempt) -> StepReport:
+        """Count an attempt whose outcome can be read, tell the listeners, and raise where asked to.
+
+        Raises:
+            OverflowFoundError: If ``on_nonfinite="raise"`` and the scale does not explain the finding.
+            LossScaleError: If the scale stayed at its floor for ``floor_patience`` overflows in a row.
+        """
+        report = self.read(attempt)
+        self.last_step = report
+        self.applied_steps += not report.skipped
+        self.skipped_steps += report.skipped
+        self.consecutive_skips = self.consecutive_skips + 1 if report.skipped else 0
+        if isinstance(self.rule, DynamicLossScale):
+            at_floor = report.found_inf and report.loss_scale <= self.rule.min_scale
+            self.floor_overflows = self.floor_overflows + 1 if at_floor else 0
+        self.on_settled(attempt)
+        culprits = [listener(report) for listener in tuple(self.listeners)]
+        if report.found_inf:
+            self._stop_if_asked(attempt, report, next((c for c in culprits if c), None))
+        return report
+
+    def _stop_if_asked(self, attempt: Attempt, report: StepReport, culprit: str | None) -> None:
+        explained = isinstance(self.rule, DynamicLossScale) and not report.loss_nonfinite
+        if self.on_nonfinite == "raise" and not explained:
+            raise OverflowFoundError(
+                f"on_nonfinite='raise': step {report.step} has Inf or NaN gradients, first in "
+                f"{culprit or self._first_parameter(attempt)}. {self._loss_sentence(report)} The update was not "
+                "applied. Use on_nonfinite='skip' to leave such steps out, or OverflowMonitor() to find the module."
+            )
+        if isinstance(self.rule, DynamicLossScale) and self.floor_overflows >= self.rule.floor_patience:
+            raise LossScaleError(
+                f"The loss scale is at its floor, min_scale={self.rule.min_scale}, and {self.floor_overflows} steps in "
+                f"a row overflowed there (floor_patience={self.rule.floor_patience}; last: step {report.step}). First "
+                f"non-finite: {culprit or self._first_parameter(attempt)}. {self._loss_sentence(report)}"
+            )
+
+    def _first_parameter(self, attempt: Attempt) -> str:
+        return self.name_parameter(attempt) or "a parameter whose gradient is gone by now (OverflowMonitor() names it)"
+
+    @staticmethod
+    def _loss_sentence(report: StepReport) -> str:
+        if report.loss_nonfinite:
+            return (
+                "The unscaled loss was non-finite already: no loss scale can help. Look for a module or a batch that "
+                "gives Inf or NaN, or use BF16."
+            )
+        return "The unscaled loss was finite: the overflow is in the backward pass. Use BF16, or lower min_scale."
