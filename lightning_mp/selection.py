@@ -105,7 +105,7 @@ def _as_items(selectors: Selector | Iterable[Selector], argument: str) -> list[S
         return [selectors]
     if not isinstance(selectors, Iterable):
         raise SettingTypeError(
-            f"{argument}={selectors!r} is a {type(selectors).__name__}. Pass dotted-name patterns and module classes."
+            f"{argument}={selectors!r} has type {type(selectors).__name__}. Pass dotted-name patterns and module classes."
         )
     items = list(selectors)
     for item in items:
@@ -120,7 +120,7 @@ def _check_item(item: object, argument: str) -> None:
         )
     if not isinstance(item, (str, type)):
         raise SettingTypeError(
-            f"{argument}: {item!r} is a {type(item).__name__}. Pass dotted-name patterns and module classes."
+            f"{argument}: {item!r} has type {type(item).__name__}. Pass dotted-name patterns and module classes."
         )
 
 

@@ -126,12 +126,12 @@ def test_empty_pattern_is_unmatched() -> None:
 
 @pytest.mark.parametrize("wrong", [3, None, True], ids=repr)
 def test_wrong_setting_type_is_refused(wrong) -> None:
-    with pytest.raises(SettingTypeError, match=f"^modules={wrong!r} is a {type(wrong).__name__}"):
+    with pytest.raises(SettingTypeError, match=f"^modules={wrong!r} has type {type(wrong).__name__}"):
         select_modules(TinyEncoder(), wrong, argument="modules")
 
 
 def test_wrong_item_type_is_refused() -> None:
-    with pytest.raises(SettingTypeError, match=r"^modules: 3 is a int\. Pass dotted-name patterns"):
+    with pytest.raises(SettingTypeError, match=r"^modules: 3 has type int\. Pass dotted-name patterns"):
         select(TinyEncoder(), "head", 3)
 
 
