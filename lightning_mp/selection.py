@@ -105,7 +105,8 @@ def _as_items(selectors: Selector | Iterable[Selector], argument: str) -> list[S
         return [selectors]
     if not isinstance(selectors, Iterable):
         raise SettingTypeError(
-            f"{argument}={selectors!r} has type {type(selectors).__name__}. Pass dotted-name patterns and module classes."
+            f"{argument}={selectors!r} has type {type(selectors).__name__}. "
+            "Pass dotted-name patterns and module classes."
         )
     items = list(selectors)
     for item in items:

@@ -1,0 +1,59 @@
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from lightning_mp import __version__
+from lightning_mp.cli import main
+from lightning_mp.hardware import default_device, describe_machine, read_facts
+
+
+def test_doctor_prints_the_report_that_the_fp8_error_uses(capsys) -> None:
+    assert main(["doctor"]) == 0
+    printed = capsys.readouterr().out
+    assert printed == describe_machine(read_facts(default_device())) + "\n"
+    assert torch.__version__ in printed
+
+
+def test_doctor_looks_at_the_device_that_is_asked_for(capsys) -> None:
+    assert main(["doctor", "--device", "cpu"]) == 0
+    assert capsys.readouterr().out.splitlines()[0].split() == ["device", "cpu"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_doctor_says_why_a_missing_gpu_runs_nothing(capsys) -> None:
+    assert main(["doctor", "--device", "cuda"]) == 0
+    assert "finds no cuda device" in capsys.readouterr().out
+
+
+def test_doctor_refuses_a_device_that_torch_does_not_know(capsys) -> None:
+    assert main(["doctor", "--device", "gpu"]) == 1
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("lightning-mp: --device='gpu' is not a torch device.")
+
+
+def test_doctor_refuses_a_gpu_beyond_the_last(capsys) -> None:
+    assert main(["doctor", "--device", "cuda:99"]) == 1
+    assert capsys.readouterr().err.startswith("lightning-mp: --device='cuda:99', but this machine has ")
+
+
+def test_version_is_that_of_the_package(capsys) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main(["--version"])
+    assert capsys.readouterr().out == f"lightning-mp {__version__}\n"
+
+
+@pytest.mark.parametrize("argv", [[], ["dokter"]])
+def test_wrong_usage_exits_with_2_and_names_the_commands(argv, capsys) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(argv)
+    assert "COMMAND" in capsys.readouterr().err
+
+
+def test_module_is_the_command() -> None:
+    command = [sys.executable, "-W", "ignore", "-m", "lightning_mp", "doctor", "--device", "cpu"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("device")
