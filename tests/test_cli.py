@@ -1,5 +1,6 @@
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -54,6 +55,6 @@ def test_wrong_usage_exits_with_2_and_names_the_commands(argv, capsys) -> None:
 
 def test_module_is_the_command() -> None:
     command = [sys.executable, "-W", "ignore", "-m", "lightning_mp", "doctor", "--device", "cpu"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[1])
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith("device")
