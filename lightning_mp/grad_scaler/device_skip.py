@@ -23,7 +23,8 @@ def supports_skip_on_device(optimizer: Optimizer) -> bool:
     """
     if not getattr(optimizer, "_step_supports_amp_scaling", False):
         return False
-    if _takes_grad_scaler(type(optimizer)):
+    optimizer_class: Any = type(optimizer)
+    if _takes_grad_scaler(optimizer_class):
         return False
     return not (isinstance(optimizer, torch.optim.SGD) and _has_missing_momentum(optimizer))
 

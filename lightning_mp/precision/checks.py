@@ -65,7 +65,8 @@ def check_optimizers(optimizers: Iterable[Optimizer], policy: PrecisionPolicy) -
 
 def is_closure_repeating(optimizer: Optimizer) -> bool:
     """Tell whether ``step`` demands a closure, as LBFGS does to evaluate it several times."""
-    return _demands_closure(type(optimizer))
+    optimizer_class: Any = type(optimizer)
+    return _demands_closure(optimizer_class)
 
 
 @cache

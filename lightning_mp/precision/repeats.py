@@ -51,6 +51,7 @@ def step_with_repeats(
         _restore_(optimizer, before)
     if attempt.found_inf is not None:
         ledger.account(attempt)
+        ledger.on_settled(attempt)
     return output
 
 

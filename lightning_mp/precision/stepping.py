@@ -137,7 +137,10 @@ class OptimizerStepper:
         self._attempt = None
         skip_flag = self._skip_flag(found_inf, self._loss)
         if skip_flag is not None and not supports_skip_on_device(optimizer):
-            return None if self.ledger.account(attempt).skipped else self._apply(optimizer, result, kwargs)
+            skipped = self.ledger.account(attempt).skipped
+            output = None if skipped else self._apply(optimizer, result, kwargs)
+            self.ledger.on_settled(attempt)
+            return output
         attempt.readback = Readback(attempt.tensors())
         self.ledger.pending = attempt
         if skip_flag is None:

@@ -124,9 +124,12 @@ class StepLedger:
         attempt, self.pending = self.pending, None
         if attempt is not None:
             self.account(attempt)
+            self.on_settled(attempt)
 
     def account(self, attempt: Attempt) -> StepReport:
         """Count an attempt whose outcome can be read, tell the listeners, and raise where asked to.
+
+        ``on_settled`` is left to the caller: schedulers advance after the update, not before it.
 
         Raises:
             OverflowFoundError: If ``on_nonfinite="raise"`` and the scale does not explain the finding.
@@ -140,7 +143,6 @@ class StepLedger:
         if isinstance(self.rule, DynamicLossScale):
             at_floor = report.found_inf and report.loss_scale <= self.rule.min_scale
             self.floor_overflows = self.floor_overflows + 1 if at_floor else 0
-        self.on_settled(attempt)
         culprits = [listener(report) for listener in tuple(self.listeners)]
         if report.found_inf:
             self._stop_if_asked(attempt, report, next((c for c in culprits if c), None))

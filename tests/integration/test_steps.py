@@ -1,0 +1,360 @@
+"""A step that is skipped changes nothing; every count and learning rate is the truth."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.optim import lr_scheduler
+
+from lightning_mp import DynamicLossScale, LossScaleError, MixedPrecision, OverflowFoundError, UnsupportedError
+from lightning_mp.grad_scaler import Readback
+from tests.models import INF, Regression, batches, batches_without, trainer, weights
+
+BAD = {1: INF, 4: INF, 5: INF}
+OPTIMIZERS = [
+    pytest.param(torch.optim.AdamW, {"fused": False}, id="adamw-loop"),
+    pytest.param(torch.optim.AdamW, {"foreach": True}, id="adamw-foreach"),
+    pytest.param(torch.optim.AdamW, {"fused": True}, id="adamw-fused"),
+    pytest.param(torch.optim.Adam, {"fused": True}, id="adam-fused"),
+    pytest.param(torch.optim.SGD, {"momentum": 0.9, "fused": True}, id="sgd-fused"),
+    pytest.param(torch.optim.SGD, {"momentum": 0.9}, id="sgd-loop"),
+    pytest.param(torch.optim.Adagrad, {"fused": True}, id="adagrad-fused"),
+]
+
+
+def plain_loop(model, data, *, clip=None, dtype=None, scheduler=None):
+    """Train by hand in plain torch: the oracle of a run that never saw the bad batches."""
+    optimizer = model.optimizer_class(model.parameters(), **model.settings)
+    schedule = scheduler(optimizer) if scheduler else None
+    rates = []
+    for batch in data:
+        optimizer.zero_grad()
+        with torch.autocast("cpu", dtype=dtype or torch.bfloat16, enabled=dtype is not None):
+            loss = model.loss(batch)
+        loss.backward()
+        if clip:
+            nn.utils.clip_grad_norm_(model.parameters(), clip)
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        if schedule:
+            schedule.step()
+    return optimizer, rates
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize(("optimizer", "settings"), OPTIMIZERS)
+def test_skipped_steps_leave_weights_state_and_schedule_as_if_never_seen(precision, optimizer, settings):
+    plugin = MixedPrecision(precision, loss_scale=256.0 if precision == "fp16" else None)
+    model = Regression(factors=BAD, optimizer=optimizer, scheduler=lambda o: lr_scheduler.StepLR(o, 1, 0.9), **settings)
+    reference = Regression(optimizer=optimizer, **settings)
+    run = trainer(plugin)
+    run.fit(model, batches())
+    assert (plugin.applied_steps, plugin.skipped_steps) == (5, 3)
+    assert run.lr_scheduler_configs[0].scheduler.last_epoch == 5
+    assert run.global_step == 8
+    expected, _ = plain_loop(
+        reference,
+        batches_without(BAD),
+        dtype={"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision],
+        scheduler=lambda o: lr_scheduler.StepLR(o, 1, 0.9),
+    )
+    # 256 is a power of two and no gradient here leaves FP16's range, so scaling is exact but for
+    # FP16 rounding of scaled against unscaled activations' gradients: subnormals only.
+    tolerance = {"rtol": 0, "atol": 0} if precision != "fp16" else {"rtol": 1e-3, "atol": 1e-5}
+    for p, q in zip(model.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(p, q, **tolerance)
+        state, wanted = run.optimizers[0].state[p], expected.state[q]
+        assert set(state) == set(wanted)
+        for name, value in wanted.items():
+            if value is not None:
+                torch.testing.assert_close(state[name], value, **tolerance)
+
+
+SCHEDULERS = {
+    "step": lambda o: lr_scheduler.StepLR(o, 1, 0.5),
+    "onecycle": lambda o: lr_scheduler.OneCycleLR(o, 0.1, total_steps=40),
+    "sequential": lambda o: lr_scheduler.SequentialLR(
+        o, [lr_scheduler.LinearLR(o), lr_scheduler.ExponentialLR(o, 0.9)], [3]
+    ),
+    "chained": lambda o: lr_scheduler.ChainedScheduler(
+        [lr_scheduler.LinearLR(o), lr_scheduler.ExponentialLR(o, 0.9)], optimizer=o
+    ),
+    "lambda": lambda o: lr_scheduler.LambdaLR(o, lambda e: 1 / (e + 1)),
+    "restarts": lambda o: lr_scheduler.CosineAnnealingWarmRestarts(o, 4),
+}
+
+
+class RecordsRates(Regression):
+    """Notes the learning rate that every applied update used, by a hook on the optimizer."""
+
+    def configure_optimizers(self):
+        configured = super().configure_optimizers()
+        self.rates = []
+        configured[0][0].register_step_pre_hook(self.note)
+        return configured
+
+    def note(self, optimizer, args, kwargs):
+        flag = getattr(optimizer, "found_inf", None)
+        if flag is None or flag.item() == 0:
+            self.rates.append(optimizer.param_groups[0]["lr"])
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("kind", SCHEDULERS)
+def test_every_applied_step_uses_the_rate_of_a_run_without_the_bad_steps(kind, fused):
+    bad = dict.fromkeys((0, 1, 5, 6, 11), INF)
+    model = RecordsRates(factors=bad, scheduler=SCHEDULERS[kind], fused=fused)
+    trainer(MixedPrecision("bf16")).fit(model, batches(16))
+    _, expected = plain_loop(Regression(), batches_without(bad, 16), dtype=torch.bfloat16, scheduler=SCHEDULERS[kind])
+    assert model.rates == expected
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("frequency", [2, 3])
+def test_scheduler_with_a_frequency_advances_after_that_many_applied_steps(frequency, fused):
+    bad = dict.fromkeys((1, 4, 5, 6), INF)
+    model = RecordsRates(
+        factors=bad, scheduler=lambda o: lr_scheduler.StepLR(o, 1, 0.5), frequency=frequency, fused=fused
+    )
+    trainer(MixedPrecision("bf16")).fit(model, batches(18))
+    assert model.rates == [0.01 * 0.5 ** (n // frequency) for n in range(14)]
+
+
+def test_schedulers_advance_on_skipped_steps_where_asked():
+    model = Regression(factors={3: INF}, scheduler=lambda o: lr_scheduler.StepLR(o, 1, 0.5))
+    run = trainer(MixedPrecision("bf16", hold_schedulers=False))
+    run.fit(model, batches())
+    assert run.lr_scheduler_configs[0].scheduler.last_epoch == 8
+
+
+def test_scheduler_is_its_own_class_after_fit_and_after_an_exception():
+    class Fails(Regression):
+        def on_train_batch_end(self, outputs, batch, batch_idx):
+            if self.fails:
+                raise KeyError("stop")
+
+    for fails in (False, True):
+        model = Fails(scheduler=lambda o: lr_scheduler.StepLR(o, 1))
+        model.fails = fails
+        run = trainer(MixedPrecision("bf16"))
+        if fails:
+            with pytest.raises(KeyError, match="stop"):
+                run.fit(model, batches())
+        else:
+            run.fit(model, batches())
+        assert type(run.lr_scheduler_configs[0].scheduler) is lr_scheduler.StepLR
+
+
+class CountsReads(Regression):
+    """Notes at each batch how often a result of the device was read before it."""
+
+    def on_train_batch_start(self, batch, batch_idx):
+        self.reads = [*getattr(self, "reads", []), Readback.count]
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_fused_optimizer_is_settled_once_per_step_and_one_step_late(precision):
+    outcomes = []
+    plugin = MixedPrecision(precision, loss_scale=256.0 if precision == "fp16" else None)
+    model = CountsReads(factors={2: INF}, fused=True, scheduler=lambda o: lr_scheduler.StepLR(o, 1, 0.9))
+    plugin.add_step_listener(lambda report: outcomes.append((report.step, plugin._ledger.attempts)))
+    before = Readback.count
+    trainer(plugin, gradient_clip_val=0.5, log_every_n_steps=1000).fit(model, batches(10))
+    # Attempt n is read when attempt n + 1 is about to open (n + 1 are open by then): never in its own step.
+    assert outcomes == [(n, n + 1) for n in range(10)]
+    assert Readback.count - before == 10
+    assert [r - before for r in model.reads] == [0, 0, *range(1, 9)]
+
+
+def test_fused_optimizer_is_settled_within_a_log_step():
+    plugin = MixedPrecision("bf16")
+    model = CountsReads(fused=True)
+    before = Readback.count
+    trainer(plugin, log_every_n_steps=1).fit(model, batches(4))
+    assert [r - before for r in model.reads] == [0, 1, 2, 3]
+
+
+def test_reading_a_count_settles_what_is_pending():
+    class Reads(Regression):
+        def on_train_batch_end(self, outputs, batch, batch_idx):
+            plugin = self.trainer.precision_plugin
+            assert plugin.applied_steps + plugin.skipped_steps == batch_idx + 1
+            assert plugin.last_step.step == batch_idx
+            assert plugin.last_step.skipped == (batch_idx in self.factors)
+
+    trainer(MixedPrecision("bf16")).fit(Reads(factors={0: INF, 3: INF}, fused=True), batches())
+
+
+def test_last_step_reports_the_scale_that_the_backward_used():
+    reports = []
+    plugin = MixedPrecision("fp16", loss_scale=DynamicLossScale(init_scale=1024.0))
+    plugin.add_step_listener(reports.append)
+    trainer(plugin, gradient_clip_val=1.0).fit(Regression(factors={1: INF}), batches(3))
+    assert [r.loss_scale for r in reports] == [1024.0, 1024.0, 512.0]
+    assert [r.skipped for r in reports] == [False, True, False]
+    assert [r.loss_nonfinite for r in reports] == [False, True, False]
+    assert reports[0].grad_norm > 0
+    assert plugin.consecutive_skips == 0
+
+
+def test_grad_norm_is_the_unscaled_norm_before_clipping():
+    plugin = MixedPrecision("fp16", loss_scale=1024.0)
+    model, reference = Regression(), Regression()
+    trainer(plugin, gradient_clip_val=0.01, max_steps=1).fit(model, batches())
+    with torch.autocast("cpu", dtype=torch.float16):
+        loss = reference.loss(next(iter(batches())))
+    loss.backward()
+    expected = torch.stack([p.grad.norm() for p in reference.parameters()]).norm().item()
+    assert math.isclose(plugin.last_step.grad_norm, expected, rel_tol=2**-9)  # FP16 activations' ulp
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("fused", [False, True])
+def test_nonfinite_step_raises_before_the_next_update_and_names_the_parameter(precision, fused):
+    plugin = MixedPrecision(precision, on_nonfinite="raise")
+    model = Regression(factors={3: INF}, fused=fused)
+    reference = Regression(fused=fused)
+    trainer(plugin).fit(reference, batches_without({3, 4, 5, 6, 7}))
+    with pytest.raises(OverflowFoundError, match=r"step 3 .*first in layer\.bias.*unscaled loss was non-finite"):
+        trainer(MixedPrecision(precision, on_nonfinite="raise")).fit(model, batches())
+    for p, q in zip(weights(model), weights(reference), strict=True):
+        assert torch.equal(p, q)
+
+
+def test_nonfinite_last_step_raises_at_the_end_of_fit():
+    plugin = MixedPrecision("bf16", on_nonfinite="raise")
+    with pytest.raises(OverflowFoundError, match="step 7"):
+        trainer(plugin).fit(Regression(factors={7: INF}, fused=True), batches())
+
+
+def test_nonfinite_step_is_applied_where_ignored_but_still_reported():
+    plugin = MixedPrecision("bf16", on_nonfinite="ignore")
+    model = Regression(factors={7: INF})
+    trainer(plugin).fit(model, batches())
+    assert not all(torch.isfinite(p).all() for p in model.parameters())
+    assert plugin.last_step.found_inf
+    assert not plugin.last_step.skipped
+    assert (plugin.applied_steps, plugin.skipped_steps) == (8, 0)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_overflow_of_scaled_gradients_is_skipped_under_a_dynamic_scale_whatever_is_asked(fused):
+    # The loss is finite, the scaled one is Inf: only the scale is to blame.
+    for on_nonfinite in ("skip", "raise", "ignore"):
+        scale = DynamicLossScale(init_scale=2.0**100, max_scale=2.0**120, backoff_factor=2.0**-92)
+        plugin = MixedPrecision("fp16", loss_scale=scale, on_nonfinite=on_nonfinite)
+        model = Regression(factors={0: 2.0**30}, fused=fused, lr=1e-3)
+        trainer(plugin).fit(model, batches(3))
+        assert (plugin.applied_steps, plugin.skipped_steps) == (2, 1)
+        assert all(torch.isfinite(p).all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_scale_never_dies_and_says_why_it_cannot_go_on(fused):
+    scale = {"init_scale": 4.0, "floor_patience": 3}
+    model = Regression(factors=dict.fromkeys(range(300), float("nan")), fused=fused)
+    plugin = MixedPrecision("fp16", loss_scale=scale)
+    before = weights(model)
+    with pytest.raises(LossScaleError) as caught:
+        trainer(plugin).fit(model, batches(20))
+    text = str(caught.value)
+    assert "min_scale=1.0" in text
+    assert "floor_patience=3" in text
+    assert "layer.bias" in text
+    assert "unscaled loss was non-finite already" in text
+    # 4 and 2 overflow above the floor; the third overflow at 1 is step 4.
+    assert "step 4" in text
+    assert plugin.scaler.get_scale() == 1.0
+    assert all(torch.equal(p, q) for p, q in zip(weights(model), before, strict=True))
+
+
+def test_three_hundred_nan_steps_leave_the_scale_at_its_floor():
+    plugin = MixedPrecision("fp16", loss_scale={"floor_patience": 1000})
+    model = Regression(factors=dict.fromkeys(range(300), float("nan")))
+    trainer(plugin).fit(model, batches(300))
+    assert plugin.scaler.get_scale() == 1.0
+    assert (plugin.skipped_steps, plugin.consecutive_skips) == (300, 300)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("accumulate", [1, 2, 3])
+def test_training_step_that_returns_none_has_the_effect_of_fp32(precision, accumulate):
+    settings = {"none_at": (0, 3, 6, 7), "scheduler": lambda o: lr_scheduler.StepLR(o, 1, 0.9)}
+    plugin = MixedPrecision(precision, loss_scale=64.0 if precision == "fp16" else None)
+    model, reference = Regression(**settings), Regression(**settings)
+    run, expected = trainer(plugin, accumulate_grad_batches=accumulate), trainer(accumulate_grad_batches=accumulate)
+    run.fit(model, batches())
+    expected.fit(reference, batches())
+    for p, q in zip(weights(model), weights(reference), strict=True):
+        torch.testing.assert_close(p, q, rtol=2**-9, atol=1e-4 if precision == "fp16" else 0)
+    assert run.lr_scheduler_configs[0].scheduler.last_epoch == expected.lr_scheduler_configs[0].scheduler.last_epoch
+    assert run.global_step == expected.global_step
+    steps = {int(s["step"]) for s in expected.optimizers[0].state.values()}
+    assert plugin.applied_steps == steps.pop()
+    assert plugin.skipped_steps == 0
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_lbfgs_trains_as_without_the_plugin_and_a_bad_batch_changes_nothing(precision):
+    settings = {"optimizer": torch.optim.LBFGS, "lr": 0.1, "max_iter": 4}
+    model, reference = Regression(**settings), Regression(**settings)
+    plugin = MixedPrecision(precision)
+    trainer(plugin).fit(model, batches())
+    trainer(precision="32-true" if precision == "fp32" else "bf16-mixed").fit(reference, batches())
+    assert all(torch.equal(p, q) for p, q in zip(weights(model), weights(reference), strict=True))
+
+    bad = BadBatch(**settings)
+    trainer(plugin).fit(bad, batches())
+    good = BadBatch(**settings)
+    trainer(MixedPrecision(precision)).fit(good, batches_without({2}))
+    assert all(torch.equal(p, q) for p, q in zip(weights(bad), weights(good), strict=True))
+    assert plugin.skipped_steps == 1
+
+
+class BadBatch(Regression):
+    def training_step(self, batch, batch_idx):
+        bad = torch.equal(batch[0], list(batches())[2][0])
+        return self.loss(batch) * (INF if bad else 1.0)
+
+
+def test_lbfgs_is_refused_in_fp16_at_setup():
+    with pytest.raises(UnsupportedError, match=r"precision='fp16' cannot train with LBFGS.*bf16"):
+        trainer(MixedPrecision("fp16")).fit(Regression(optimizer=torch.optim.LBFGS), batches())
+
+
+def test_listeners_see_every_settled_step_in_order_and_can_leave():
+    seen = []
+    plugin = MixedPrecision("bf16")
+    plugin.add_step_listener(seen.append)
+    trainer(plugin).fit(Regression(factors={2: INF}), batches(4))
+    assert [(r.step, r.skipped) for r in seen] == [(0, False), (1, False), (2, True), (3, False)]
+    plugin.remove_step_listener(seen.append)
+    plugin.remove_step_listener(print)
+
+
+def test_culprit_named_by_a_listener_stands_in_the_error():
+    plugin = MixedPrecision("bf16", on_nonfinite="raise")
+    plugin.add_step_listener(lambda report: "encoder.7 (forward)" if report.found_inf else None)
+    with pytest.raises(OverflowFoundError, match=r"first in encoder\.7 \(forward\)"):
+        trainer(plugin).fit(Regression(factors={1: INF}), batches())
+
+
+def test_sparse_gradients_are_checked_and_unscaled():
+    class Sparse(Regression):
+        def __init__(self, **settings):
+            super().__init__(optimizer=torch.optim.SparseAdam, **settings)
+            self.layer = nn.Embedding(8, 1, sparse=True)
+
+        def loss(self, batch):
+            rows = (batch[0][:, 0].abs() * 7).long() % 8
+            return nn.functional.mse_loss(self.layer(rows), batch[1])
+
+    torch.manual_seed(3)
+    plugin = MixedPrecision("fp16", loss_scale=1024.0)
+    model, reference = Sparse(factors={1: INF}), Sparse()
+    reference.load_state_dict(model.state_dict())
+    trainer(plugin).fit(model, batches())
+    plain_loop(reference, batches_without({1}))
+    assert plugin.skipped_steps == 1
+    assert all(torch.equal(p, q) for p, q in zip(weights(model), weights(reference), strict=True))
