@@ -1,0 +1,304 @@
+"""Manual optimization under a loss scale: each gradient is unscaled once, the scale moves once a batch."""
+
+import pytest
+import torch
+from lightning.pytorch import LightningModule
+from torch import nn
+from torch.optim import lr_scheduler
+
+from lightning_mp import DynamicLossScale, MixedPrecision, UnsupportedError
+from tests.models import INF, batches, trainer, weights
+
+# FP16 rounds what flows between the two layers to 11 bits; a scale that is a power of two adds nothing.
+FP16 = {"rtol": 2**-8, "atol": 2e-4}
+
+
+class Two(LightningModule):
+    """Two linear layers, an optimizer for each."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.automatic_optimization = False
+        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 1)
+        self.seen = 0
+
+    def loss(self, batch, layers=None):
+        x, y = batch
+        return nn.functional.mse_loss(self.b(self.a(x)).float(), y)
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.a.parameters(), 0.05), torch.optim.SGD(self.b.parameters(), 0.05)
+
+
+def fit_both(make, data=None, **settings):
+    """Train the same model with our plugin in FP16 and with Lightning in FP32; return both and the plugin."""
+    plugin = MixedPrecision("fp16", loss_scale=settings.pop("loss_scale", 1024.0))
+    ours, reference = make(), make()
+    trainer(plugin, **settings).fit(ours, data or batches())
+    trainer(**settings).fit(reference, data or batches())
+    return ours, reference, plugin
+
+
+def assert_same_weights(ours, reference, **tolerance):
+    for p, q in zip(weights(ours), weights(reference), strict=True):
+        torch.testing.assert_close(p, q, **(tolerance or FP16))
+
+
+@pytest.mark.parametrize("algorithm", ["norm", "value"])
+def test_manual_clipping_sees_real_gradients(algorithm):
+    class Clips(Two):
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), 0.05)
+
+        def training_step(self, batch, batch_idx):
+            optimizer = self.optimizers()
+            optimizer.zero_grad()
+            self.manual_backward(self.loss(batch))
+            self.clip_gradients(optimizer, 0.05, algorithm)
+            optimizer.step()
+
+    ours, reference, plugin = fit_both(Clips)
+    assert_same_weights(ours, reference)
+    assert plugin.applied_steps == 8
+
+
+def test_overflow_of_one_optimizer_leaves_the_other_exact_and_moves_the_scale_once():
+    class BothThenBoth(Two):
+        """Both backwards, then both steps; the loss of ``a`` overflows in batch 1."""
+
+        def training_step(self, batch, batch_idx):
+            opt_a, opt_b = self.optimizers()
+            bad = batch_idx == 1
+            opt_a.zero_grad()
+            opt_b.zero_grad()
+            self.toggle_optimizer(opt_a)
+            self.manual_backward(self.loss(batch) * (INF if bad and self.injects else 1.0))
+            self.untoggle_optimizer(opt_a)
+            self.toggle_optimizer(opt_b)
+            self.manual_backward(self.loss(batch))
+            self.untoggle_optimizer(opt_b)
+            if not bad or self.injects:
+                opt_a.step()
+            opt_b.step()
+
+    scales = []
+    plugin = MixedPrecision("fp16", loss_scale=DynamicLossScale(init_scale=1024.0))
+    plugin.add_step_listener(lambda r: scales.append(r.loss_scale))
+    ours, reference = BothThenBoth(), BothThenBoth()
+    ours.injects, reference.injects = True, False
+    trainer(plugin).fit(ours, batches(4))
+    trainer().fit(reference, batches(4))
+    assert_same_weights(ours, reference)
+    assert scales == [1024.0] * 4 + [512.0] * 4
+    assert plugin.skipped_steps == 1
+
+
+def test_optimizer_that_steps_every_other_batch_keeps_its_gradients_through_a_change_of_scale():
+    class Slow(Two):
+        """``b`` accumulates over two batches; ``a`` steps in each and makes the scale grow every batch."""
+
+        def training_step(self, batch, batch_idx):
+            opt_a, opt_b = self.optimizers()
+            self.manual_backward(self.loss(batch))
+            opt_a.step()
+            opt_a.zero_grad()
+            if batch_idx % 2:
+                opt_b.step()
+                opt_b.zero_grad()
+
+    scale = DynamicLossScale(init_scale=16.0, growth_interval=1)
+    ours, reference, plugin = fit_both(Slow, loss_scale=scale)
+    assert plugin.scaler.get_scale() == 16.0 * 2**8
+    assert_same_weights(ours, reference)
+
+
+def test_parameters_shared_by_two_optimizers_are_unscaled_once():
+    class Shared(Two):
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), 0.02), torch.optim.SGD(self.a.parameters(), 0.02)
+
+        def training_step(self, batch, batch_idx):
+            first, second = self.optimizers()
+            first.zero_grad()
+            self.manual_backward(self.loss(batch))
+            first.step()
+            second.step()
+
+    ours, reference, _ = fit_both(Shared)
+    assert_same_weights(ours, reference)
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_gradients_left_from_an_earlier_backward_add_up_as_in_fp32(set_to_none):
+    class Leaves(Two):
+        """Steps after each backward but clears the gradients every other batch only."""
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), 0.01)
+
+        def training_step(self, batch, batch_idx):
+            optimizer = self.optimizers()
+            if batch_idx % 2 == 0:
+                optimizer.zero_grad(set_to_none=set_to_none)
+            self.manual_backward(self.loss(batch))
+            optimizer.step()
+
+    ours, reference, _ = fit_both(Leaves)
+    assert_same_weights(ours, reference)
+
+
+def test_two_steps_after_one_backward_both_apply_it():
+    class Twice(Two):
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), 0.01)
+
+        def training_step(self, batch, batch_idx):
+            optimizer = self.optimizers()
+            optimizer.zero_grad()
+            self.manual_backward(self.loss(batch))
+            optimizer.step()
+            optimizer.step()
+
+    ours, reference, plugin = fit_both(Twice)
+    assert_same_weights(ours, reference)
+    assert plugin.applied_steps == 16
+
+
+def test_user_can_unscale_before_reading_gradients():
+    norms = []
+
+    class Reads(Two):
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), 0.01)
+
+        def training_step(self, batch, batch_idx):
+            optimizer = self.optimizers()
+            optimizer.zero_grad()
+            self.manual_backward(self.loss(batch))
+            self.trainer.precision_plugin.unscale_gradients(optimizer)
+            norms.append(self.b.weight.grad.norm().item())
+            optimizer.step()
+
+    ours, reference, _ = fit_both(Reads)
+    assert_same_weights(ours, reference)
+    assert norms[:8] == pytest.approx(norms[8:], rel=2**-7)
+
+
+def test_backward_outside_manual_backward_is_refused_in_fp16():
+    class Direct(Two):
+        def training_step(self, batch, batch_idx):
+            first, _ = self.optimizers()
+            first.zero_grad()
+            self.loss(batch).backward()
+            first.step()
+
+    with pytest.raises(UnsupportedError, match=r"self\.manual_backward\(loss\) rather than loss\.backward\(\)"):
+        trainer(MixedPrecision("fp16")).fit(Direct(), batches())
+    trainer(MixedPrecision("bf16")).fit(Direct(), batches())
+
+
+def test_direct_backward_is_refused_before_clipping_too():
+    class Direct(Two):
+        def training_step(self, batch, batch_idx):
+            first, _ = self.optimizers()
+            first.zero_grad()
+            self.loss(batch).backward()
+            self.clip_gradients(first, 0.5, "norm")
+
+    with pytest.raises(UnsupportedError, match="manual_backward"):
+        trainer(MixedPrecision("fp16")).fit(Direct(), batches())
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_value_clipping_cannot_hide_an_infinite_gradient(precision):
+    class Clips(Two):
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), 0.05)
+
+        def training_step(self, batch, batch_idx):
+            optimizer = self.optimizers()
+            optimizer.zero_grad()
+            self.manual_backward(self.loss(batch) * (INF if batch_idx == 1 else 1.0))
+            self.clip_gradients(optimizer, 0.5, "value")
+            optimizer.step()
+
+    plugin = MixedPrecision(precision)
+    model = Clips()
+    trainer(plugin).fit(model, batches(3))
+    assert plugin.skipped_steps == 1
+    assert all(torch.isfinite(p).all() for p in model.parameters())
+
+
+def test_step_without_gradients_is_no_attempt():
+    class Empty(Two):
+        def training_step(self, batch, batch_idx):
+            first, second = self.optimizers()
+            first.zero_grad()
+            second.zero_grad()
+            if batch_idx % 2:
+                self.manual_backward(self.loss(batch))
+            first.step()
+            second.step()
+
+    ours, reference, plugin = fit_both(Empty)
+    assert_same_weights(ours, reference)
+    assert (plugin.applied_steps, plugin.skipped_steps) == (8, 0)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_scheduler_stepped_by_hand_is_held_within_training_step_only(fused):
+    class Scheduled(Two):
+        def configure_optimizers(self):
+            optimizer = torch.optim.AdamW(self.parameters(), 0.1, fused=fused)
+            return [optimizer], [lr_scheduler.StepLR(optimizer, 1, 0.5), lr_scheduler.StepLR(optimizer, 1, 0.5)]
+
+        def training_step(self, batch, batch_idx):
+            optimizer = self.optimizers()
+            optimizer.zero_grad()
+            self.manual_backward(self.loss(batch) * (INF if batch_idx in (1, 3) else 1.0))
+            optimizer.step()
+            self.lr_schedulers()[0].step()
+
+        def on_train_epoch_end(self):
+            self.lr_schedulers()[1].step()
+
+    run = trainer(MixedPrecision("bf16"))
+    run.fit(Scheduled(), batches(4))
+    assert [c.scheduler.last_epoch for c in run.lr_scheduler_configs] == [2, 1]
+
+
+def test_forward_after_a_step_sees_the_new_weights_within_one_training_step():
+    outputs = []
+
+    class Rereads(Two):
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), 1.0)
+
+        def training_step(self, batch, batch_idx):
+            optimizer = self.optimizers()
+            optimizer.zero_grad()
+            loss = self.loss(batch)
+            self.manual_backward(loss)
+            optimizer.step()
+            outputs.append((loss.item(), self.loss(batch).item()))
+
+    trainer(MixedPrecision("bf16"), max_steps=1).fit(Rereads(), batches())
+    assert outputs[0][0] != outputs[0][1]
+
+
+def test_gradient_accumulation_by_hand_equals_fp32():
+    class Accumulates(Two):
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), 0.02)
+
+        def training_step(self, batch, batch_idx):
+            self.manual_backward(self.loss(batch) / 4)
+            if batch_idx % 4 == 3:
+                optimizer = self.optimizers()
+                self.clip_gradients(optimizer, 0.1, "norm")
+                optimizer.step()
+                optimizer.zero_grad()
+
+    ours, reference, _ = fit_both(Accumulates, loss_scale={"init_scale": 256.0, "growth_interval": 1})
+    assert_same_weights(ours, reference)
