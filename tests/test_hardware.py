@@ -1,10 +1,10 @@
+import subprocess
 import sys
 from dataclasses import replace
 
 import pytest
 import torch
 
-from lightning_mp import hardware
 from lightning_mp.hardware import (
     RECIPES,
     DeviceFacts,
@@ -24,6 +24,7 @@ from lightning_mp.hardware import (
     read_transformer_engine,
     resolve_auto,
 )
+from lightning_mp.hardware.facts import read_driver, read_nvml
 
 ENGINE = TransformerEngineFacts("2.9.0")
 CPU = DeviceFacts("cpu", torch_version="2.13.0+cpu")
@@ -233,8 +234,8 @@ def test_default_device_is_the_one_that_torch_has() -> None:
 def test_driver_version_is_read_from_the_kernel_module(tmp_path) -> None:
     file = tmp_path / "version"
     file.write_text("NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  570.124.06  Release Build\nGCC 12.2.0\n")
-    assert hardware._read_driver(file) == "570.124.06"
-    assert hardware._read_driver(tmp_path / "missing") is None
+    assert read_driver(file) == "570.124.06"
+    assert read_driver(tmp_path / "missing") is None
 
 
 def write_engine(folder, version: str | None) -> None:
@@ -268,6 +269,23 @@ def test_missing_transformer_engine_is_told(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(sys, "path", [str(tmp_path)])
     monkeypatch.delitem(sys.modules, "transformer_engine", raising=False)
     assert read_transformer_engine() == MISSING
+
+
+def test_machine_without_nvml_is_asked_through_cuda_instead() -> None:
+    assert read_nvml("libnvml-that-is-not-there.so.1") == []
+
+
+@pytest.mark.gpu
+def test_reading_alike_gpus_leaves_cuda_uninitialized_so_that_notebooks_can_fork() -> None:
+    code = """
+import torch
+from lightning_mp.hardware import read_facts
+found = read_facts(torch.device("cuda"))
+print(torch.cuda.is_initialized(), found.compute_capability)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    names = {torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())}
+    assert done.stdout.strip() == f"{len(names) > 1} {torch.cuda.get_device_capability()}"
 
 
 @pytest.mark.gpu
