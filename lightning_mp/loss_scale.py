@@ -30,7 +30,7 @@ class LossScaleState:
     Args:
         scale: Factor on the loss, FP32.
         growth_tracker: Clean steps since the scale last changed or was asked to grow.
-        hysteresis_left: Overflows still forgiven, counting the one that lowers the scale.
+        hysteresis_left: The scale is lowered on this overflow from here on (1: on the next one).
     """
 
     scale: float | Tensor
@@ -163,8 +163,8 @@ class DynamicLossScale:
             return self._next_on_device(state, torch.as_tensor(found_inf, device=state.scale.device) != 0)
         scale, tracker, left = float(state.scale), int(state.growth_tracker), int(state.hysteresis_left)
         if found_inf:
-            left = max(0, left - 1)
-            return LossScaleState(self._bounded(scale * self.backoff_factor) if left == 0 else scale, 0, left)
+            lowered = self._bounded(scale * self.backoff_factor) if left == 1 else scale
+            return LossScaleState(lowered, 0, max(1, left - 1))
         grows = tracker + 1 == self.growth_interval
         if grows or self.hysteresis_refill == "clean_step":
             left = self.hysteresis
@@ -178,18 +178,19 @@ class DynamicLossScale:
         exact = scale if scale.device.type == "mps" else scale.double()
         lowered = (exact * self.backoff_factor).clamp(self.min_scale, self.max_scale).to(scale.dtype)
         raised = (exact * self.growth_factor).clamp(self.min_scale, self.max_scale).to(scale.dtype)
-        left_after = (left - 1).clamp(min=0)
         grows = tracker + 1 == self.growth_interval
         refills = torch.ones_like(grows) if self.hysteresis_refill == "clean_step" else grows
         zero = torch.zeros_like(tracker)
         return LossScaleState(
             torch.where(
                 found_inf,
-                torch.where(left_after == 0, lowered, scale),
+                torch.where(left == 1, lowered, scale),
                 torch.where(grows, raised, scale),
             ),
             torch.where(found_inf | grows, zero, tracker + 1),
-            torch.where(found_inf, left_after, torch.where(refills, torch.full_like(left, self.hysteresis), left)),
+            torch.where(
+                found_inf, (left - 1).clamp(min=1), torch.where(refills, torch.full_like(left, self.hysteresis), left)
+            ),
         )
 
     def _bounded(self, scale: float) -> float:
