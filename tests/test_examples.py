@@ -2,12 +2,14 @@
 
 import dataclasses
 import importlib.util
+import json
 import logging
 import math
 import re
 import subprocess
 import sys
 import types
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -42,11 +44,13 @@ def quickstart() -> types.ModuleType:
 
 
 @pytest.fixture(autouse=True)
-def _log_filters_are_restored() -> Iterator[None]:
+def _logging_is_restored() -> Iterator[None]:
     logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
-    before = list(logger.filters)
+    lightning = logging.getLogger("lightning.pytorch")
+    before = list(logger.filters), lightning.level
     yield
-    logger.filters[:] = before
+    logger.filters[:] = before[0]
+    lightning.setLevel(before[1])
 
 
 def table_rows(output: str) -> dict[str, dict[str, str]]:
@@ -141,6 +145,20 @@ def test_quickstart_runs_as_a_command_from_another_directory(tmp_path) -> None:
     assert done.returncode == 0, done.stderr
     assert list(table_rows(done.stdout)) == ["bf16"]
     assert list(tmp_path.iterdir()) == [], "the example leaves no files behind"
+
+
+def test_overhead_benchmark_writes_what_it_measured_and_where(tmp_path) -> None:
+    benchmark = load("benchmarks/overhead.py")
+    with warnings.catch_warnings():
+        options = ["--only", "plain", "--precision", "fp32", "--rounds", "1", "--blocks", "3"]
+        benchmark.main([*options, f"--out={tmp_path / 'overhead.json'}"])
+    report = json.loads((tmp_path / "overhead.json").read_text())
+    assert [case["case"] for case in report["cases"]] == ["TinyModel, fp32, AdamW", "TinyModel, fp32, fused AdamW"]
+    assert {"device", "date", "torch", "lightning", "lightning_mp"} <= set(report)
+    for case in report["cases"]:
+        # A step of the tiny model is between 50 us and 1 s anywhere; each ratio is of two such times.
+        assert 50 < case["ours_us"]["median"] < 1e6
+        assert case["ratio"]["q1"] <= case["ratio"]["median"] <= case["ratio"]["q3"]
 
 
 def readme_blocks(language: str) -> list[str]:
