@@ -46,7 +46,7 @@ class OptimizerStepper:
         is_manual: bool = False,
         optimizers: list[Optimizer] | None = None,
         is_sharded: bool = False,
-        is_log_step: Callable[[], bool] = lambda: False,
+        is_log_step: Callable[[], bool] = bool,
     ) -> None:
         self.scaler = scaler
         self.ledger = ledger

@@ -81,8 +81,8 @@ class StepLedger:
         self.pending: Attempt | None = None
         self.latest: dict[int, Attempt] = {}
         self.listeners: list[Callable[[StepReport], str | None]] = []
-        self.on_settled: Callable[[Attempt], None] = lambda _: None
-        self.name_parameter: Callable[[Attempt], str | None] = lambda _: None
+        self.on_settled: Callable[[Attempt], None] = _ignore
+        self.name_parameter: Callable[[Attempt], str | None] = _ignore
 
     @property
     def wants_culprit(self) -> bool:
@@ -174,3 +174,7 @@ class StepLedger:
                 "gives Inf or NaN, or use BF16."
             )
         return "The unscaled loss was finite: the overflow is in the backward pass. Use BF16, or lower min_scale."
+
+
+def _ignore(attempt: Attempt) -> None:
+    """Stand in until a run is attached; a function of the module, so that the ledger can be pickled."""

@@ -277,6 +277,8 @@ def test_three_hundred_nan_steps_leave_the_scale_at_its_floor():
     assert (plugin.skipped_steps, plugin.consecutive_skips) == (300, 300)
 
 
+# Lightning 2.6 asks once whether the None was on purpose.
+@pytest.mark.filterwarnings("ignore:`training_step` returned `None`")
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 @pytest.mark.parametrize("accumulate", [1, 2, 3])
 def test_training_step_that_returns_none_has_the_effect_of_fp32(precision, accumulate):
