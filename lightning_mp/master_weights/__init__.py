@@ -1,0 +1,11 @@
+"""FP32 master weights for modules whose parameters live in 16 bits.
+
+:class:`MasterWeights` is the engine. It takes plain arguments and any ``torch.optim.Optimizer`` with
+per-parameter state.
+"""
+
+from lightning_mp.master_weights.engine import MasterMode, MasterWeights
+from lightning_mp.master_weights.gradients import total_grad_norm
+from lightning_mp.master_weights.plan import is_normalization, params_to_cast
+
+__all__ = ["MasterMode", "MasterWeights", "is_normalization", "params_to_cast", "total_grad_norm"]

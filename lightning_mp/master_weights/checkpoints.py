@@ -1,0 +1,146 @@
+"""FP32 values under the usual keys: hooks on the modules that own mastered parameters.
+
+Saving shows the masters in place of the 16-bit parameters, loading gives them to the masters first.
+Because the hooks sit on the modules, every way to a checkpoint goes through them: Lightning's two
+kinds, ``save_pretrained``, a submodule's ``state_dict``, the learning rate finder's restore. A copy made
+by ``copy.deepcopy`` is a plain FP32 module with the masters' values.
+"""
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from lightning_mp.errors import UnsupportedError
+from lightning_mp.master_weights.masters import Master, NoMaster, cast_param_
+
+__all__ = ["install_hooks"]
+
+
+def install_hooks(module: nn.Module, masters: Mapping[nn.Parameter, Master]) -> list[RemovableHandle]:
+    """Make ``state_dict`` and ``load_state_dict`` of ``module`` and its submodules speak FP32.
+
+    Args:
+        module: The root whose parameters have masters.
+        masters: Parameter to master. The mapping is read at each call.
+
+    Returns:
+        Handles; removing them leaves the modules as they were.
+    """
+    handles = [module.register_load_state_dict_pre_hook(_Checker(masters))]  # type: ignore[no-untyped-call]
+    for child in module.modules():
+        if any(param in masters for param in child.parameters(recurse=False)):
+            hooks = _ModuleHooks(child, masters)
+            handles.append(child._register_state_dict_hook(hooks.save))  # type: ignore[no-untyped-call]
+            handles.append(child.register_load_state_dict_pre_hook(hooks.load))  # type: ignore[no-untyped-call]
+            handles.append(child.register_load_state_dict_post_hook(hooks.loaded))  # type: ignore[no-untyped-call]
+    return handles
+
+
+class _ModuleHooks:
+    """The hooks of one module, over the parameters that it owns itself."""
+
+    def __init__(self, module: nn.Module | None, masters: Mapping[nn.Parameter, Master]) -> None:
+        self._module = module
+        self._masters = masters
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_ModuleHooks":
+        for _, master in self._owned():
+            _copy_as_fp32(master, memo)
+        return _ModuleHooks(None, {})
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _ModuleHooks, (None, {})
+
+    def save(self, module: nn.Module, state_dict: dict[str, Any], prefix: str, _: Any) -> None:
+        for name, master in self._owned():
+            found = state_dict.get(prefix + name)
+            # With keep_vars the caller asks for the parameters themselves.
+            if found is not None and found is not master.param:
+                state_dict[prefix + name] = master.value()
+
+    def load(self, module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+        for name, master in self._owned():
+            value = state_dict.get(prefix + name)
+            if value is not None:
+                master.assign(value)
+                # torch copies this next; the checkpoint's own value would round ties to even.
+                state_dict[prefix + name] = master.param.detach()
+
+    def loaded(self, module: nn.Module, _: Any) -> None:
+        for _name, master in self._owned():
+            master.settle_writes()
+
+    def _owned(self) -> list[tuple[str, Master]]:
+        if self._module is None:
+            return []
+        masters = self._masters
+        params = self._module.named_parameters(recurse=False, remove_duplicate=False)
+        return [(name, masters[param]) for name, param in params if param in masters]
+
+
+class _Checker:
+    """Refuse a checkpoint before anything of it is loaded."""
+
+    def __init__(self, masters: Mapping[nn.Parameter, Master]) -> None:
+        self._masters = masters
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_Checker":
+        return _Checker({})
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Checker, ({},)
+
+    def __call__(
+        self,
+        module: nn.Module,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        *_: Any,
+    ) -> None:
+        if local_metadata.get("assign_to_params_buffers", False):
+            raise UnsupportedError(
+                "master_weights: load_state_dict(assign=True) would replace the parameters that have masters. "
+                "Use assign=False during the fit."
+            )
+        for name, param in module.named_parameters(remove_duplicate=False):
+            if param in self._masters:
+                _check_entry(prefix + name, state_dict.get(prefix + name), param, strict=strict)
+
+
+def _check_entry(key: str, value: Any, param: nn.Parameter, *, strict: bool) -> None:
+    if value is None:
+        if strict:
+            raise UnsupportedError(
+                f"master_weights: the checkpoint has no {key!r}, so its master is missing; nothing was loaded. "
+                "Load with strict=False to keep the present value."
+            )
+        return
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        raise UnsupportedError(
+            f"master_weights: the checkpoint's {key!r} is {_describe(value)}, and a master needs a floating-point "
+            "tensor; nothing was loaded."
+        )
+    if value.shape != param.shape:
+        raise UnsupportedError(
+            f"master_weights: the checkpoint's {key!r} has shape {tuple(value.shape)}, and the model's has "
+            f"{tuple(param.shape)}; nothing was loaded. Build the model with the checkpoint's sizes, or drop the key "
+            "and load with strict=False."
+        )
+
+
+def _describe(value: Any) -> str:
+    return f"a tensor of {value.dtype}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+
+
+def _copy_as_fp32(master: Master, memo: dict[int, Any]) -> None:
+    """Let the copy that ``memo`` describes hold a plain FP32 parameter with the master's value."""
+    clone = copy.deepcopy(master.param, memo)
+    if clone.dtype is not torch.float32 and not isinstance(master, NoMaster):
+        cast_param_(clone, torch.float32)
+        clone.data = master.value().clone()

@@ -1,0 +1,202 @@
+"""Master weights of one module: taken, attached to optimizers, and given back."""
+
+from collections.abc import Collection, Iterable, Mapping
+from types import MappingProxyType
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from lightning_mp.errors import SettingValueError
+from lightning_mp.master_weights.checkpoints import install_hooks
+from lightning_mp.master_weights.gradients import Gradients
+from lightning_mp.master_weights.masters import CopyMaster, Master, NoMaster, SplitMaster
+from lightning_mp.master_weights.optimizers import check_optimizer, upcast_state_
+from lightning_mp.master_weights.plan import params_to_cast
+from lightning_mp.master_weights.stepping import MasterStep
+
+__all__ = ["MasterMode", "MasterWeights"]
+
+MasterMode = Literal["copy", "split", "none"]
+
+_KINDS: dict[str, type[Master]] = {"copy": CopyMaster, "split": SplitMaster, "none": NoMaster}
+_PARAM_DTYPES = (torch.bfloat16, torch.float16)
+
+# 2**22 elements: FP32 stand-ins and gradients of 16 MB each, large enough that the cost of calling
+# the optimizer once per bucket disappears.
+_BUCKET_NUMEL = 2**22
+
+
+class MasterWeights:
+    """A module with 16-bit parameters whose FP32 values the optimizers update.
+
+    The life of one: ``convert_`` before optimizers are made, ``attach`` to them, training with plain
+    ``optimizer.step()``, ``detach``. Then it may be used again.
+
+    Args:
+        mode: ``"copy"`` keeps an FP32 tensor beside each parameter, ``"split"`` the 16 bits that a
+            BF16 parameter lacks, ``"none"`` nothing: the optimizer updates 16-bit values.
+        param_dtype: What parameters are cast to: ``torch.bfloat16``, or ``torch.float16`` except
+            with ``"split"``.
+        bucket_numel: Elements that are FP32 at once inside a step where they are not kept in FP32.
+            A parameter larger than this is a bucket of its own.
+
+    Raises:
+        SettingValueError: If a value is not one of those, or ``"split"`` meets another dtype than BF16.
+    """
+
+    def __init__(
+        self,
+        mode: MasterMode,
+        *,
+        param_dtype: torch.dtype = torch.bfloat16,
+        bucket_numel: int = _BUCKET_NUMEL,
+    ) -> None:
+        _check_settings(mode, param_dtype, bucket_numel)
+        self.mode = mode
+        self.param_dtype = param_dtype
+        self.bucket_numel = bucket_numel
+        self.gradients = Gradients()
+        self._masters: dict[nn.Parameter, Master] = {}
+        self._names: dict[nn.Parameter, str] = {}
+        self._steps: dict[int, MasterStep] = {}
+        self._handles: list[RemovableHandle] = []
+
+    @property
+    def masters(self) -> Mapping[nn.Parameter, Master]:
+        """Each cast parameter and what keeps its FP32 value."""
+        return MappingProxyType(self._masters)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes kept between steps besides the model parameters."""
+        return sum(master.nbytes for master in self._masters.values())
+
+    def convert_(self, module: nn.Module, *, keep_fp32: Collection[nn.Parameter | nn.Module] = ()) -> None:
+        """Take masters of the parameters of ``module`` and cast those to ``param_dtype``, in place.
+
+        Parameters keep their identity, tied ones are taken once, and a parameter that arrives in 16
+        bits gets that value as its master. Called on a converted module, it starts over from the
+        masters' values.
+
+        Args:
+            module: The root; its ``state_dict`` and ``load_state_dict`` speak FP32 from now on.
+            keep_fp32: Parameters and modules that stay FP32, besides all normalization layers.
+
+        Raises:
+            UnsupportedError: If a parameter cannot have a master. Nothing is changed then.
+        """
+        found = params_to_cast(module, keep_fp32=keep_fp32)
+        if self._masters:
+            self.detach()
+            found = params_to_cast(module, keep_fp32=keep_fp32)
+        self._names = found
+        self._masters = {param: _KINDS[self.mode](param, self.param_dtype) for param in found}
+        _flatten_rnn_weights(module)
+        self._handles = install_hooks(module, self._masters)
+
+    def attach(self, optimizers: Iterable[Optimizer], *, accumulate_fp32: bool = True) -> None:
+        """Let ``optimizers`` update the masters. Those attached already are left as they are.
+
+        Args:
+            optimizers: Made from the converted module's parameters; others in them are stepped as ever.
+            accumulate_fp32: Accumulate gradients in FP32, for more than one backward per step or for
+                FP16. Otherwise they stay in ``param_dtype`` until the step upcasts them by the bucket.
+
+        Raises:
+            UnsupportedError: If an optimizer cannot carry masters. No optimizer is changed then.
+        """
+        fresh = [optimizer for optimizer in optimizers if id(optimizer) not in self._steps]
+        if self.mode != "none":
+            for optimizer in fresh:
+                check_optimizer(optimizer, self._masters)
+        for master in self._masters.values():
+            master.move_()
+            master.settle_writes()
+        self._set_grad_dtype(torch.float32 if accumulate_fp32 else self.param_dtype)
+        for optimizer in fresh:
+            self._attach_one(optimizer)
+
+    def detach(self) -> None:
+        """Give optimizers their own ``step`` and the module FP32 parameters with the masters' values.
+
+        With ``"none"`` the parameters stay in 16 bits: there are no other values.
+        """
+        for step in self._steps.values():
+            step.remove()
+        for handle in self._handles:
+            handle.remove()
+        for master in self._masters.values():
+            master.restore_()
+        self._steps, self._handles, self._masters, self._names = {}, [], {}, {}
+        self.gradients = Gradients()
+
+    def fp32_state_dict(self, module: nn.Module) -> dict[str, Any]:
+        """Return ``module.state_dict()`` with FP32 values wherever it has floating-point parameters.
+
+        Args:
+            module: The converted module, a part of it, or any other module.
+        """
+        state = dict(module.state_dict())
+        params = dict(module.named_parameters(remove_duplicate=False))
+        for name, value in state.items():
+            if name in params and value.dtype in _PARAM_DTYPES:
+                state[name] = value.to(torch.float32)
+        return state
+
+    def value_of(self, param: nn.Parameter) -> Tensor:
+        """Return the FP32 value of a parameter; of one without a master, the parameter detached."""
+        master = self._masters.get(param)
+        return param.detach() if master is None else master.value()
+
+    def name_of(self, param: nn.Parameter) -> str:
+        """Return the dotted name under which a mastered parameter was found."""
+        return self._names[param]
+
+    def finish_backward(self) -> None:
+        """Put gradients that were reduced over ranks into ``param.grad``."""
+
+    def _attach_one(self, optimizer: Optimizer) -> None:
+        if self.mode != "none":
+            upcast_state_(optimizer, self._masters)
+        step = MasterStep(
+            optimizer,
+            self._masters,
+            self.gradients,
+            bucket_numel=self.bucket_numel,
+            before_step=self.finish_backward,
+        )
+        step.install()
+        self._steps[id(optimizer)] = step
+
+    def _set_grad_dtype(self, dtype: torch.dtype) -> None:
+        for param in self._masters:
+            if param.grad is not None and param.grad.dtype is not dtype:
+                param.grad = None
+            param.grad_dtype = dtype
+
+
+def _check_settings(mode: str, param_dtype: torch.dtype, bucket_numel: int) -> None:
+    if mode not in _KINDS:
+        raise SettingValueError(f"master_weights: found {mode!r}; allowed are 'copy', 'split' and 'none'.")
+    if param_dtype not in _PARAM_DTYPES:
+        raise SettingValueError(
+            f"master_weights={mode!r}: parameters would be {param_dtype}; 16-bit weights are torch.bfloat16 or "
+            "torch.float16. Use precision 'bf16', 'fp16' or 'fp8', or master_weights='params'."
+        )
+    if mode == "split" and param_dtype is not torch.bfloat16:
+        raise SettingValueError(
+            f"master_weights='split': found {param_dtype}; FP32 is split into BF16 and 16 further bits, which FP16 "
+            "cannot do exactly. Use master_weights='copy', or precision 'bf16' or 'fp8'."
+        )
+    if bucket_numel < 1:
+        raise SettingValueError(f"bucket_numel: found {bucket_numel!r}; it must be at least 1.")
+
+
+def _flatten_rnn_weights(module: nn.Module) -> None:
+    """Put the cast weights of cuDNN recurrent layers into one block again, as cuDNN wants them."""
+    for child in module.modules():
+        if isinstance(child, nn.RNNBase):
+            child.flatten_parameters()

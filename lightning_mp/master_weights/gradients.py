@@ -1,0 +1,161 @@
+"""Gradients of 16-bit parameters, read and clipped as FP32 values.
+
+Where more than one backward feeds a step, ``Parameter.grad_dtype`` makes autograd accumulate in FP32
+and clipping works in place. Where only one does, gradients may stay in 16 bits: a clip is then
+remembered as operations on FP32 values, which the step applies when a bucket is upcast. Writing the
+clipped value back to 16 bits would round it.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from lightning_mp.errors import LightningMPError, UnsupportedError
+
+__all__ = ["Gradients", "total_grad_norm"]
+
+# The guard of torch.nn.utils.clip_grad_norm_ against division by zero.
+_CLIP_EPS = 1e-6
+
+
+class NonFiniteNormError(LightningMPError, RuntimeError):
+    """The norm of the gradients is not finite and the caller asked to stop there."""
+
+
+@dataclass
+class _Pending:
+    """What is still to be done to the FP32 value of one 16-bit gradient."""
+
+    grad: Tensor
+    version: int
+    operations: list[Callable[[Tensor], Tensor]]
+
+
+class Gradients:
+    """The gradients of the mastered parameters, whatever dtype they are stored in.
+
+    Gradients live in ``param.grad`` as always; this object only holds the clips that wait.
+    """
+
+    def __init__(self) -> None:
+        self._pending: dict[nn.Parameter, _Pending] = {}
+
+    def fp32(self, param: nn.Parameter, out: Tensor | None = None) -> Tensor | None:
+        """Return the true FP32 gradient of ``param``: upcast, with the clips that wait applied.
+
+        Args:
+            param: Any parameter. An FP32 (or FP64, or complex) gradient is returned itself.
+            out: FP32 workspace of the gradient's shape, used when the gradient must be upcast.
+
+        Raises:
+            UnsupportedError: If the gradient was changed after it was clipped.
+        """
+        grad = param.grad
+        if grad is None or grad.dtype not in (torch.float16, torch.bfloat16):
+            return grad
+        grad = grad.to(torch.float32) if out is None or grad.is_sparse else out.copy_(grad)
+        for operation in self._operations(param):
+            operation(grad)
+        return grad
+
+    def norm(self, params: Iterable[nn.Parameter], norm_type: float = 2.0) -> Tensor:
+        """Return the norm over all gradients, computed in FP32; 0-dim, on the first gradient's device."""
+        stored = [param for param in params if param.grad is not None]
+        grads = [self.fp32(param) if self._operations(param) else param.grad for param in stored]
+        return total_grad_norm([grad for grad in grads if grad is not None], norm_type)
+
+    def clip_norm_(
+        self,
+        params: Iterable[nn.Parameter],
+        max_norm: float,
+        *,
+        norm_type: float = 2.0,
+        error_if_nonfinite: bool = False,
+    ) -> Tensor:
+        """Clip as ``torch.nn.utils.clip_grad_norm_``, on FP32 values; return the norm before."""
+        params = list(params)
+        norm = self.norm(params, norm_type)
+        if error_if_nonfinite and not bool(norm.isfinite()):
+            raise NonFiniteNormError(
+                f"The gradients' norm of order {norm_type} is {norm.item()}, so it cannot be clipped to {max_norm}. "
+                "Pass error_if_nonfinite=False to scale by it anyway."
+            )
+        factor = (max_norm / (norm + _CLIP_EPS)).clamp(max=1.0)
+        self._apply(params, lambda grad: grad.mul_(factor.to(grad.device)))
+        return norm
+
+    def clip_value_(self, params: Iterable[nn.Parameter], clip_value: float) -> None:
+        """Clip as ``torch.nn.utils.clip_grad_value_``, on FP32 values."""
+        self._apply(params, lambda grad: grad.clamp_(min=-clip_value, max=clip_value))
+
+    def forget(self, param: nn.Parameter) -> None:
+        """Drop the clips that wait for ``param``: its gradient was used."""
+        self._pending.pop(param, None)
+
+    def _apply(self, params: Iterable[nn.Parameter], operation: Callable[[Tensor], Tensor]) -> None:
+        for param in params:
+            grad = param.grad
+            if grad is None:
+                continue
+            if grad.dtype not in (torch.float16, torch.bfloat16):
+                operation(grad)
+                continue
+            entry = self._pending.get(param)
+            if entry is None or entry.grad is not grad or entry.version != grad._version:
+                entry = self._pending[param] = _Pending(grad, grad._version, [])
+            entry.operations.append(operation)
+
+    def _operations(self, param: nn.Parameter) -> list[Callable[[Tensor], Tensor]]:
+        entry = self._pending.get(param)
+        if entry is None or entry.grad is not param.grad:
+            return []
+        if entry.version != entry.grad._version:
+            raise UnsupportedError(
+                f"master_weights: a 16-bit gradient of shape {tuple(param.shape)} was changed after it was clipped, so "
+                "its clipped value is not known. Change gradients before clipping, or accumulate them in FP32."
+            )
+        return entry.operations
+
+
+@torch.no_grad()
+def total_grad_norm(grads: list[Tensor], norm_type: float = 2.0) -> Tensor:
+    """Measure the norm over all elements of ``grads`` in FP32, whatever their dtypes.
+
+    Args:
+        grads: Dense or sparse gradients of any floating dtype, on any devices. Not modified.
+        norm_type: Order of the norm; ``float("inf")`` gives the largest magnitude.
+
+    Returns:
+        0-dim tensor on the first gradient's device, FP32 (FP64 if a gradient is); zero without gradients.
+
+    Example:
+        >>> total_grad_norm([torch.tensor([3.0], dtype=torch.bfloat16), torch.tensor([4.0])])
+        tensor(5.)
+    """
+    if not grads:
+        return torch.tensor(0.0)
+    norms = [norm.to(grads[0].device) for norm in _norms(grads, norm_type)]
+    total: Tensor = torch.linalg.vector_norm(torch.stack([norm.to(_widest(norms)) for norm in norms]), norm_type)
+    return total
+
+
+def _norms(grads: list[Tensor], norm_type: float) -> list[Tensor]:
+    found: dict[int, Tensor] = {}
+    batches: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+    for index, grad in enumerate(grads):
+        if grad.is_sparse:
+            found[index] = torch.linalg.vector_norm(grad.coalesce().values().float(), norm_type)
+        else:
+            batches.setdefault((grad.device, grad.dtype), []).append(index)
+    for (_, dtype), indices in batches.items():
+        # The dtype is that of the sum: a BF16 sum over many squares would lose most of them.
+        wide = torch.float32 if dtype in (torch.float16, torch.bfloat16) else None
+        batch = torch._foreach_norm([grads[index] for index in indices], norm_type, dtype=wide)
+        found.update(zip(indices, batch, strict=True))
+    return [found[index] for index in range(len(grads))]
+
+
+def _widest(norms: list[Tensor]) -> torch.dtype:
+    return torch.float64 if any(norm.dtype is torch.float64 for norm in norms) else torch.float32

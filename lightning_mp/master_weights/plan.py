@@ -1,0 +1,106 @@
+"""Which parameters of a module are cast to 16 bits, and which stay as they are."""
+
+import re
+from collections.abc import Collection, Iterator
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.parameter import is_lazy
+
+from lightning_mp.errors import UnsupportedError
+
+__all__ = ["is_normalization", "params_to_cast"]
+
+_NORMS: tuple[type[nn.Module], ...] = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
+# LlamaRMSNorm, T5LayerNorm, ConvNextLayerNorm2d, LayerScaleNorm: libraries write their own.
+_NORM_NAME = re.compile(r"norm(\dd)?$", re.IGNORECASE)
+_CAST_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def is_normalization(module: nn.Module) -> bool:
+    """Tell whether ``module`` is a normalization layer, of torch or of a library that names it so.
+
+    A class outside torch counts when its name ends in "Norm", with "1d" to "3d" perhaps, and none of
+    its own parameters has more than one dimension that is not 1.
+
+    Example:
+        >>> is_normalization(nn.BatchNorm2d(4)), is_normalization(nn.Linear(4, 4))
+        (True, False)
+    """
+    if isinstance(module, _NORMS):
+        return True
+    if _NORM_NAME.search(type(module).__name__) is None:
+        return False
+    return all(_is_per_channel(param) for param in module.parameters(recurse=False))
+
+
+def params_to_cast(
+    module: nn.Module, *, keep_fp32: Collection[nn.Parameter | nn.Module] = ()
+) -> dict[nn.Parameter, str]:
+    """Name the parameters that become 16-bit, each once, in registration order.
+
+    Normalization layers stay FP32 (they are tiny, and CPU norms refuse mixed dtypes), and so does what
+    ``keep_fp32`` holds. FP64, complex, integer and FP8 parameters are left as they are; buffers are
+    no parameters.
+
+    Args:
+        module: The root. Tied parameters count once, and stay FP32 if any owner must.
+        keep_fp32: Parameters, and modules with all parameters below them, to leave alone.
+
+    Returns:
+        Parameter to its first dotted name.
+
+    Raises:
+        UnsupportedError: If a parameter is not initialized yet, or holds no dense memory.
+    """
+    kept = set(_kept_params(module, keep_fp32))
+    found: dict[nn.Parameter, str] = {}
+    for name, param in module.named_parameters():
+        if is_lazy(param):
+            raise UnsupportedError(_lazy_message(name, module))
+        if param in kept or param.dtype not in _CAST_DTYPES:
+            continue
+        if param.layout is not torch.strided or param.device.type == "meta" or _is_subclass(param):
+            raise UnsupportedError(
+                f"master_weights: parameter {name!r} is {_kind_of(param)}; masters need plain dense tensors with "
+                "memory. Materialize it before the fit, pin it with FP32Pin, or use master_weights='params'."
+            )
+        found[param] = name
+    return found
+
+
+def _kept_params(module: nn.Module, keep_fp32: Collection[nn.Parameter | nn.Module]) -> Iterator[nn.Parameter]:
+    for kept in keep_fp32:
+        if isinstance(kept, nn.Module):
+            yield from kept.parameters()
+        else:
+            yield kept
+    for child in module.modules():
+        if is_normalization(child):
+            yield from child.parameters(recurse=False)
+
+
+def _is_per_channel(param: nn.Parameter) -> bool:
+    return not is_lazy(param) and sum(size != 1 for size in param.shape) <= 1
+
+
+def _is_subclass(param: nn.Parameter) -> bool:
+    # A Parameter made from a tensor subclass (DTensor, a quantized tensor) has that class's type.
+    return type(param.data) is not torch.Tensor
+
+
+def _kind_of(param: nn.Parameter) -> str:
+    if param.device.type == "meta":
+        return "on the meta device"
+    if param.layout is not torch.strided:
+        return f"of layout {param.layout}"
+    return f"a {type(param.data).__name__}"
+
+
+def _lazy_message(name: str, module: nn.Module) -> str:
+    return (
+        f"master_weights: parameter {name!r} of {type(module).__name__} is not initialized yet, so it has no value to "
+        "take a master from. Run one batch through the lazy modules in configure_model() or before the fit, "
+        "or use master_weights='params'."
+    )

@@ -1,0 +1,325 @@
+"""An optimizer that updates masters: they stand in for its parameters inside ``step`` only.
+
+Between steps ``param_groups`` and ``state`` hold the module's own parameters, so that whatever else
+works on the optimizer works as in FP32. ``optimizer.step`` of the instance is replaced while attached;
+the author's ``step`` runs unchanged, once per bucket, on FP32 stand-ins. User hooks, the profiler and
+schedulers see one step. ``load_state_dict`` runs on FP32 placeholders, because torch casts loaded
+state to the dtype of the parameter.
+"""
+
+from collections import OrderedDict, defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_mp.master_weights.gradients import Gradients
+from lightning_mp.master_weights.masters import CopyMaster, Master, NoMaster, SplitMaster
+
+__all__ = ["MasterStep"]
+
+# Stand-ins start where the allocator would start a tensor (512 bytes), because CUDA reductions add
+# in an order that depends on the alignment, and split must equal copy bit for bit.
+_ALIGNMENT = 128
+_HOOKS = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
+
+_Bucket = list[tuple[int, nn.Parameter]]
+
+
+class MasterStep:
+    """Replace ``optimizer.step`` and ``optimizer.load_state_dict`` of one instance.
+
+    Args:
+        optimizer: Any optimizer that treats each parameter for itself.
+        masters: Parameter to master. The mapping is read at every step. Parameters without a master
+            are updated directly.
+        gradients: Gives the FP32 gradients.
+        bucket_numel: Elements that stand in at once; a larger parameter is a bucket of its own.
+        before_step: Called at the start of each step, before gradients are read.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        masters: Mapping[nn.Parameter, Master],
+        gradients: Gradients,
+        *,
+        bucket_numel: int,
+        before_step: Callable[[], None],
+    ) -> None:
+        self.optimizer = optimizer
+        self._masters = masters
+        self._gradients = gradients
+        self._bucket_numel = bucket_numel
+        self._before_step = before_step
+        self._own = {name: vars(optimizer).get(name) for name in ("step", "load_state_dict")}
+        self._inner_step = self._find_inner_step()
+        self._inner_load = self._own["load_state_dict"] or MethodType(type(optimizer).load_state_dict, optimizer)
+        self._installed: dict[str, Any] = {}
+
+    def install(self) -> None:
+        """Replace the two methods of the instance."""
+
+        def step(optimizer: Optimizer, closure: Callable[[], Any] | None = None, **kwargs: Any) -> Any:
+            return self._step(closure, kwargs)
+
+        def load_state_dict(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
+            self._load_state_dict(state_dict)
+
+        hooked: Any = Optimizer.profile_hook_step(step)
+        hooked._wrapped_by_lr_sched = True  # the step below sets what a scheduler's wrapper would set
+        self._installed = {
+            "step": MethodType(hooked, self.optimizer),
+            "load_state_dict": MethodType(load_state_dict, self.optimizer),
+        }
+        vars(self.optimizer).update(self._installed)
+
+    def remove(self) -> None:
+        """Give the instance its own methods back, unless someone else replaced ours since."""
+        attributes = vars(self.optimizer)
+        for name, ours in self._installed.items():
+            if attributes.get(name) is not ours:
+                continue
+            if self._own[name] is None:
+                del attributes[name]
+            else:
+                attributes[name] = self._own[name]
+
+    def _find_inner_step(self) -> Callable[..., Any]:
+        """Return the step to call per bucket: without hooks and schedulers' wrappers, which come once."""
+        own = self._own["step"]
+        if own is not None and not hasattr(own, "_wrapped_by_lr_sched"):
+            replaced: Callable[..., Any] = own  # by the user
+            return replaced
+        step: Any = type(self.optimizer).step
+        return MethodType(step.__wrapped__ if getattr(step, "hooked", False) else step, self.optimizer)
+
+    def _step(self, closure: Callable[[], Any] | None, kwargs: dict[str, Any]) -> Any:
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._before_step()
+        vars(self.optimizer)["_opt_called"] = True
+        result = None
+        buckets = list(self._buckets())
+        shared = _SharedState(self.optimizer) if len(buckets) > 1 else None
+        workspace = _Workspace()
+        with _without_hooks(self.optimizer):
+            for index, bucket in enumerate(buckets):
+                if shared is not None and index > 0:
+                    shared.rewind_()
+                result = self._step_bucket(bucket, workspace, kwargs)
+        return result if loss is None else loss
+
+    def _buckets(self) -> Iterator[_Bucket]:
+        """Yield parameters with gradients, a bucket's worth at a time; one empty bucket if there are none."""
+        bucket: _Bucket = []
+        numel = 0
+        for index, group in enumerate(self.optimizer.param_groups):
+            for param in group["params"]:
+                if param.grad is None:
+                    continue
+                if bucket and numel + param.numel() > self._bucket_numel:
+                    yield bucket
+                    bucket, numel = [], 0
+                bucket.append((index, param))
+                numel += param.numel()
+        yield bucket
+
+    def _step_bucket(self, bucket: _Bucket, workspace: "_Workspace", kwargs: dict[str, Any]) -> Any:
+        optimizer, state = self.optimizer, self.optimizer.state
+        own_params = [group["params"] for group in optimizer.param_groups]
+        stand_ins = self._stand_ins(bucket, workspace)
+        try:
+            for index, group in enumerate(optimizer.param_groups):
+                group["params"] = [stand_ins[param] for number, param in bucket if number == index]
+            optimizer.state = _state_for(state, stand_ins)
+            return self._inner_step(**kwargs)
+        finally:
+            # After an error too: what the optimizer wrote to masters so far must not look like a
+            # write from outside to the parameters.
+            _return_state(optimizer.state, state, stand_ins)
+            optimizer.state = state
+            for group, params in zip(optimizer.param_groups, own_params, strict=True):
+                group["params"] = params
+            self._publish(stand_ins)
+
+    def _stand_ins(self, bucket: _Bucket, workspace: "_Workspace") -> dict[nn.Parameter, nn.Parameter]:
+        params = [param for _, param in bucket]
+        workspace.reserve(self._needed(params))
+        return {param: self._stand_in(param, workspace) for param in params}
+
+    def _needed(self, params: list[nn.Parameter]) -> dict[torch.device, int]:
+        """Count the FP32 elements that this bucket needs per device."""
+        needed: dict[torch.device, int] = defaultdict(int)
+        for param in params:
+            master = self._masters.get(param)
+            needed[param.device] += _padded(param) * (isinstance(master, SplitMaster) + _is_upcast(param, master))
+        return needed
+
+    def _stand_in(self, param: nn.Parameter, workspace: "_Workspace") -> nn.Parameter:
+        master = self._masters.get(param)
+        if master is None:
+            return param
+        stand_in = master.load(workspace.take(param) if isinstance(master, SplitMaster) else None)
+        if isinstance(master, NoMaster):
+            stand_in.grad = None if param.grad is None else param.grad.to(param.dtype)
+        else:
+            out = workspace.take(param) if _is_upcast(param, master) else None
+            stand_in.grad = self._gradients.fp32(param, out)
+        return stand_in
+
+    def _publish(self, stand_ins: dict[nn.Parameter, nn.Parameter]) -> None:
+        for param, stand_in in stand_ins.items():
+            self._gradients.forget(param)
+            master = self._masters.get(param)
+            if master is not None:
+                master.store(stand_in)
+                stand_in.grad = None
+
+    def _load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        optimizer = self.optimizer
+        own_params = [group["params"] for group in optimizer.param_groups]
+        placeholders = {param: self._placeholder(param) for params in own_params for param in params}
+        for group in optimizer.param_groups:
+            group["params"] = [placeholders[param] for param in group["params"]]
+        try:
+            self._inner_load(state_dict)
+        finally:
+            for group, params in zip(optimizer.param_groups, own_params, strict=True):
+                group["params"] = params
+            owners: dict[Any, nn.Parameter] = {placeholder: param for param, placeholder in placeholders.items()}
+            loaded: dict[Any, Any] = dict(optimizer.state)
+            optimizer.state = defaultdict(dict, {owners.get(key, key): loaded[key] for key in loaded})
+
+    def _placeholder(self, param: nn.Parameter) -> nn.Parameter:
+        """Return a parameter of the same shape that is FP32 and takes no memory."""
+        if not isinstance(self._masters.get(param), (CopyMaster, SplitMaster)):
+            return param
+        scalar = torch.zeros((), dtype=torch.float32, device=param.device)
+        return nn.Parameter(scalar.expand(param.shape), requires_grad=param.requires_grad)
+
+
+class _Workspace:
+    """FP32 memory that the buckets of one step share, so that each does not allocate its own."""
+
+    def __init__(self) -> None:
+        self._memory: dict[torch.device, Tensor] = {}
+        self._used: dict[torch.device, int] = {}
+
+    def reserve(self, needed: dict[torch.device, int]) -> None:
+        for device, numel in needed.items():
+            memory = self._memory.get(device)
+            if memory is None or memory.numel() < numel:
+                self._memory.pop(device, None)  # freed before the larger one is made
+                self._memory[device] = torch.empty(numel, dtype=torch.float32, device=device)
+            self._used[device] = 0
+
+    def take(self, param: nn.Parameter) -> Tensor:
+        """Return uninitialized memory of the shape and strides of ``param``."""
+        start = self._used[param.device]
+        self._used[param.device] += _padded(param)
+        return self._memory[param.device].as_strided(param.shape, param.stride(), start)
+
+
+class _SharedState:
+    """What an optimizer counts besides its per-parameter state, as ``group["step"]`` of some.
+
+    Each bucket starts from the values before the step, so that counters advance once.
+    """
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self._optimizer = optimizer
+        self._groups = [_snapshot(group, _is_setting) for group in optimizer.param_groups]
+        self._state = _snapshot(optimizer.state, _is_shared)
+        self._attributes = _snapshot(vars(optimizer), _is_counter)
+
+    def rewind_(self) -> None:
+        for group, saved in zip(self._optimizer.param_groups, self._groups, strict=True):
+            _rewind_(group, saved, _is_setting)
+        _rewind_(self._optimizer.state, self._state, _is_shared)
+        _rewind_(vars(self._optimizer), self._attributes, _is_counter)
+
+
+def _is_setting(key: Any, _: Any) -> bool:
+    return bool(key != "params")
+
+
+def _is_shared(key: Any, _: Any) -> bool:
+    return not isinstance(key, Tensor)
+
+
+def _is_counter(_: Any, value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+_Concerns = Callable[[Any, Any], bool]
+
+
+def _snapshot(values: Mapping[Any, Any], concerns: _Concerns) -> dict[Any, tuple[Any, Any]]:
+    """Pair each value with a copy of it where it could be changed in place."""
+    return {key: (value, _copy_of(value)) for key, value in values.items() if concerns(key, value)}
+
+
+def _copy_of(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    if isinstance(value, (list, dict)):
+        return value.copy()
+    return value
+
+
+def _rewind_(values: dict[Any, Any], saved: dict[Any, tuple[Any, Any]], concerns: _Concerns) -> None:
+    for key in [key for key, value in values.items() if key not in saved and concerns(key, value)]:
+        del values[key]
+    for key, (value, before) in saved.items():
+        if isinstance(value, Tensor):
+            value.detach().copy_(before)
+            values[key] = value
+        else:
+            values[key] = _copy_of(before)
+
+
+def _padded(param: nn.Parameter) -> int:
+    return -(-param.numel() // _ALIGNMENT) * _ALIGNMENT
+
+
+def _is_upcast(param: nn.Parameter, master: Master | None) -> bool:
+    """Tell whether the gradient of ``param`` needs FP32 memory in the step."""
+    grad = param.grad
+    if grad is None or grad.is_sparse or master is None or isinstance(master, NoMaster):
+        return False
+    return grad.dtype is not torch.float32
+
+
+def _state_for(
+    state: Mapping[Any, Any], stand_ins: dict[nn.Parameter, nn.Parameter]
+) -> defaultdict[Any, dict[str, Any]]:
+    """Return the optimizer state under the stand-ins, and what belongs to no parameter."""
+    shown: defaultdict[Any, dict[str, Any]] = defaultdict(dict)
+    shown.update({stand_in: state[param] for param, stand_in in stand_ins.items() if param in state})
+    shown.update({key: value for key, value in state.items() if _is_shared(key, value)})
+    return shown
+
+
+def _return_state(shown: Mapping[Any, Any], state: Any, stand_ins: dict[nn.Parameter, nn.Parameter]) -> None:
+    """Put what the step left under the stand-ins back under the parameters."""
+    state.update({param: shown[stand_in] for param, stand_in in stand_ins.items() if stand_in in shown})
+    state.update({key: value for key, value in shown.items() if _is_shared(key, value)})
+
+
+@contextmanager
+def _without_hooks(optimizer: Optimizer) -> Iterator[None]:
+    """Hide user step hooks: a step that calls ``super().step()`` would run them once per bucket."""
+    attributes = vars(optimizer)
+    hooks = {name: attributes[name] for name in _HOOKS}
+    attributes.update({name: OrderedDict() for name in _HOOKS})
+    try:
+        yield
+    finally:
+        attributes.update(hooks)

@@ -1,0 +1,130 @@
+"""How one parameter's FP32 value is kept, and what a write from outside does to it."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_mp.master_weights.masters import CopyMaster, Master, NoMaster, SplitMaster
+
+KINDS = [CopyMaster, SplitMaster]
+
+
+def make(kind: type[Master], value: torch.Tensor | None = None) -> tuple[nn.Parameter, Master, torch.Tensor]:
+    value = torch.randn(40, 8) if value is None else value
+    param = nn.Parameter(value.clone())
+    return param, kind(param, torch.bfloat16), value
+
+
+def same_bits(left: torch.Tensor, right: torch.Tensor) -> bool:
+    return left.dtype is right.dtype is torch.float32 and torch.equal(left.view(torch.int32), right.view(torch.int32))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_master_keeps_the_value_that_the_cast_parameter_loses(kind: type[Master]) -> None:
+    param, master, value = make(kind)
+    assert param.dtype is torch.bfloat16
+    assert not torch.equal(param.detach().float(), value)
+    assert same_bits(master.value(), value)
+    master.restore_()
+    assert same_bits(param.detach(), value)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_parameter_that_arrives_in_16_bits_gives_its_value_as_master(kind: type[Master], dtype: torch.dtype) -> None:
+    value = torch.randn(100).to(dtype)
+    param = nn.Parameter(value.clone())
+    master = kind(param, torch.bfloat16)
+    assert same_bits(master.value(), value.float())
+
+
+@pytest.mark.parametrize(("kind", "expected"), [(CopyMaster, 4), (SplitMaster, 2), (NoMaster, 0)])
+def test_bytes_beside_the_parameter_are_those_of_the_contract(kind: type[Master], expected: int) -> None:
+    _, master, value = make(kind)
+    assert master.nbytes == expected * value.numel()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("layout", ["channels_last", "transposed"])
+def test_a_parameter_in_another_memory_order_is_restored(kind: type[Master], layout: str) -> None:
+    value = torch.randn(4, 3, 2, 5)
+    value = value.contiguous(memory_format=torch.channels_last) if layout == "channels_last" else value.transpose(0, 1)
+    param, master, value = make(kind, value)
+    assert same_bits(master.value(), value)
+    stand_in = master.load(torch.empty_like(param, dtype=torch.float32))
+    with torch.no_grad():
+        stand_in.add_(1.0)
+    master.store(stand_in)
+    assert same_bits(master.value(), value + 1.0)
+
+
+WRITES = {
+    "zero_": lambda param: param.zero_(),
+    "fill_": lambda param: param.fill_(0.1),
+    "copy_": lambda param: param.copy_(torch.linspace(-3, 3, param.numel()).view_as(param)),
+    "init": lambda param: nn.init.constant_(param, 1.5),
+}
+
+
+@pytest.mark.parametrize("write", WRITES.values(), ids=WRITES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_weight_written_from_outside_is_taken_over_exactly(kind: type[Master], write: object) -> None:
+    param, master, _ = make(kind)
+    with torch.no_grad():
+        write(param)
+    assert same_bits(master.value(), param.detach().float())
+    assert same_bits(master.load(None).detach(), param.detach().float())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_write_through_data_is_not_undone(kind: type[Master]) -> None:
+    # Through .data a write leaves no mark: split rounds to the value written, half a BF16 ulp at most.
+    param, master, _ = make(kind)
+    param.data.fill_(1.5)
+    tolerance = 0.0 if kind is CopyMaster else 2.0**-8
+    torch.testing.assert_close(master.value(), torch.full_like(master.value(), 1.5), rtol=tolerance, atol=0.0)
+    master.store(master.load(None))
+    assert bool((param == 1.5).all())
+
+
+def test_copy_takes_over_only_the_elements_that_were_written() -> None:
+    param, master, value = make(CopyMaster)
+    with torch.no_grad():
+        param[3].fill_(2.0)
+    expected = value.clone()
+    expected[3] = 2.0
+    assert same_bits(master.value(), expected)
+
+
+def test_split_takes_over_only_the_written_elements_from_the_second_write_on() -> None:
+    param, master, value = make(SplitMaster)
+    with torch.no_grad():
+        param[3].fill_(2.0)
+    assert same_bits(master.value(), param.detach().float())  # the first write: the weight as it stands
+    stand_in = master.load(None)
+    with torch.no_grad():
+        stand_in.copy_(value)
+    master.store(stand_in)
+    with torch.no_grad():
+        param.clamp_(-1.0, 1.0)  # as a WGAN does after every step
+    rounded = param.detach().abs() == 1.0
+    expected = torch.where(rounded & (value.abs() > 1.0), param.detach().float(), value)
+    found = master.value()
+    changed = found.view(torch.int32) != value.view(torch.int32)
+    assert int(changed.sum()) < int((value.abs() > 0.99).sum())
+    assert bool((found[~rounded].view(torch.int32) == value[~rounded].view(torch.int32)).all())
+    assert torch.equal(found[value.abs() > 1.01], expected[value.abs() > 1.01])
+
+
+@pytest.mark.parametrize("kind", [CopyMaster, SplitMaster, NoMaster])
+def test_identity_gradient_dtype_and_deepcopy_survive_a_round_trip(kind: type[Master]) -> None:
+    param, master, _ = make(kind)
+    identity = id(param)
+    master.restore_()
+    assert id(param) == identity
+    assert param.grad_dtype is param.dtype
+    param.float().sum().backward()
+    assert param.grad.dtype is param.dtype
+    assert copy.deepcopy(param).dtype is (torch.bfloat16 if kind is NoMaster else torch.float32)
