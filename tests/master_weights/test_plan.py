@@ -54,12 +54,12 @@ def test_a_matrix_is_cast_whatever_its_class_is_called() -> None:
 def test_only_floats_of_up_to_32_bits_are_cast_and_buffers_never() -> None:
     root = nn.Module()
     root.fp32 = nn.Parameter(torch.ones(2))
-    root.half = nn.Parameter(torch.ones(2).half())
+    root.fp16 = nn.Parameter(torch.ones(2).half())
     root.fp64 = nn.Parameter(torch.ones(2).double())
     root.complex = nn.Parameter(torch.ones(2, dtype=torch.complex64))
     root.integer = nn.Parameter(torch.ones(2, dtype=torch.int8), requires_grad=False)
     root.register_buffer("buffer", torch.ones(2))
-    assert list(params_to_cast(root).values()) == ["fp32", "half"]
+    assert list(params_to_cast(root).values()) == ["fp32", "fp16"]
 
 
 def test_tied_parameters_count_once_and_stay_fp32_if_one_owner_must() -> None:
