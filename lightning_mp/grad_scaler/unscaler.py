@@ -93,43 +93,42 @@ class GradientUnscaler:
                     _values(grad).mul_(ratio.to(grad.device))
 
     def _unscale_all_(self, optimizer: Optimizer) -> Tensor | None:
-        fresh: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
-        known: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
-        marks = self._marks
+        if self._marks:
+            fresh, known = self._mark_fresh(optimizer)
+        else:
+            fresh, known = [_values(p.grad) for p in _params(optimizer) if p.grad is not None], []
+        if not fresh and not known:
+            return None
+        found_inf = torch.zeros((), device=(fresh or known)[0].device)
+        self._check_and_multiply_(fresh, found_inf, scaled=self._scaler is not None)
+        if known:
+            self._check_and_multiply_(known, found_inf, scaled=False)
+        if self._is_sharded and dist.is_initialized():
+            dist.all_reduce(found_inf, op=dist.ReduceOp.MAX)
+        return found_inf
+
+    def _mark_fresh(self, optimizer: Optimizer) -> tuple[list[Tensor], list[Tensor]]:
+        """Mark gradients that are still scaled; return them, and those that were marked before."""
+        fresh, known = [], []
         for param in _params(optimizer):
             grad = param.grad
             if grad is None:
                 continue
-            values = _values(grad)
-            if marks and getattr(grad, _UNSCALED, False):
-                known.setdefault((values.device, values.dtype), []).append(values)
+            if getattr(grad, _UNSCALED, False):
+                known.append(_values(grad))
                 continue
-            fresh.setdefault((values.device, values.dtype), []).append(values)
-            if marks:
-                setattr(grad, _UNSCALED, True)
-                self._marked.append(param)
-        if not fresh and not known:
-            return self._agree(None)
-        found_inf = torch.zeros((), device=next(iter(fresh or known))[0])
-        self._check_and_multiply_(fresh, found_inf, scaled=self._scaler is not None)
-        self._check_and_multiply_(known, found_inf, scaled=False)
-        return self._agree(found_inf)
+            setattr(grad, _UNSCALED, True)
+            self._marked.append(param)
+            fresh.append(_values(grad))
+        return fresh, known
 
-    def _check_and_multiply_(
-        self, groups: dict[tuple[torch.device, torch.dtype], list[Tensor]], found_inf: Tensor, *, scaled: bool
-    ) -> None:
-        for (device, _), grads in groups.items():
+    def _check_and_multiply_(self, grads: list[Tensor], found_inf: Tensor, *, scaled: bool) -> None:
+        for (device, _), group in _by_device_and_dtype(grads).items():
             factor = self._inverse_scale(device) if scaled else self._one(device)
             found = found_inf if device == found_inf.device else torch.zeros((), device=device)
-            torch._amp_foreach_non_finite_check_and_unscale_(grads, found, factor)
+            torch._amp_foreach_non_finite_check_and_unscale_(group, found, factor)
             if found is not found_inf:
                 found_inf.add_(found.to(found_inf.device))
-
-    def _agree(self, found_inf: Tensor | None) -> Tensor | None:
-        if not self._is_sharded or not dist.is_initialized() or found_inf is None:
-            return found_inf
-        dist.all_reduce(found_inf, op=dist.ReduceOp.MAX)
-        return found_inf
 
     def _one(self, device: torch.device) -> Tensor:
         if device not in self._ones:
@@ -162,9 +161,16 @@ def _params(optimizer: Optimizer) -> Iterator[Parameter]:
         yield from group["params"]
 
 
+def _by_device_and_dtype(grads: list[Tensor]) -> dict[tuple[torch.device, torch.dtype], list[Tensor]]:
+    groups: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    for grad in grads:
+        groups.setdefault((grad.device, grad.dtype), []).append(grad)
+    return groups
+
+
 def _values(grad: Tensor) -> Tensor:
     """Return the real, dense, local tensor that holds the gradient's numbers."""
-    if grad.layout is torch.strided and not grad.is_complex() and type(grad) is Tensor:
+    if type(grad) is Tensor and grad.dtype is torch.float32 and grad.layout is torch.strided:
         return grad
     if hasattr(grad, "to_local"):
         grad = grad.to_local()

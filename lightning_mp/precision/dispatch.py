@@ -30,7 +30,7 @@ def is_module_hook_overridden(module: LightningModule, name: str) -> bool:
 
 def _is_callback_hook_overridden(trainer: Trainer, name: str) -> bool:
     base = getattr(Callback, name)
-    return any(
-        getattr(type(callback), name, None) is not base or name in callback.__dict__
-        for callback in trainer.callbacks  # type: ignore[attr-defined]
-    )
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if getattr(type(callback), name, None) is not base or name in callback.__dict__:
+            return True
+    return False

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn import Parameter
 
@@ -38,7 +39,7 @@ class StepReport:
     loss_nonfinite: bool = False
 
 
-@dataclass
+@dataclass(slots=True, eq=False)
 class Attempt:
     """An optimizer step on its way: tensors of the device until it is settled."""
 
@@ -58,7 +59,7 @@ class Attempt:
         """Return found_inf, then what is known of scale, loss and norm, as 0-dim FP32 tensors of one device."""
         known = [t for t in (self.found_inf, self.loss_scale, self.loss, self.grad_norm) if t is not None]
         device = known[0].device
-        return [t.detach().float().to(device, non_blocking=True) for t in known]
+        return [t if t.dtype is torch.float32 and t.device == device else t.float().to(device) for t in known]
 
 
 class StepLedger:
@@ -108,14 +109,14 @@ class StepLedger:
     def read(self, attempt: Attempt) -> StepReport:
         """Return the outcome of an attempt, waiting for the device if needed."""
         if attempt.report is None:
-            tensors = attempt.tensors()
-            numbers = iter(attempt.readback.wait() if attempt.readback else Readback.read_all(tensors))
+            readback = attempt.readback
+            numbers = iter(readback.wait() if readback is not None else Readback.read_all(attempt.tensors()))
             found_inf = next(numbers) != 0
             loss_scale = next(numbers) if attempt.loss_scale is not None else 1.0
             loss = next(numbers) if attempt.loss is not None else 0.0
             norm = next(numbers) if attempt.grad_norm is not None else None
             loss_nonfinite = found_inf and not abs(loss) < float("inf")
-            skipped = self.decides_skip(found_inf=found_inf, loss_nonfinite=loss_nonfinite)
+            skipped = found_inf and self.decides_skip(found_inf=found_inf, loss_nonfinite=loss_nonfinite)
             attempt.report = StepReport(attempt.step, loss_scale, found_inf, skipped, norm, loss_nonfinite)
         return attempt.report
 
@@ -143,7 +144,7 @@ class StepLedger:
         if isinstance(self.rule, DynamicLossScale):
             at_floor = report.found_inf and report.loss_scale <= self.rule.min_scale
             self.floor_overflows = self.floor_overflows + 1 if at_floor else 0
-        culprits = [listener(report) for listener in tuple(self.listeners)]
+        culprits = [listener(report) for listener in tuple(self.listeners)] if self.listeners else []
         if report.found_inf:
             self._stop_if_asked(attempt, report, next((c for c in culprits if c), None))
         return report
