@@ -1,0 +1,3 @@
+"""Callbacks: they read and log, and never steer the numerics."""
+
+__all__: list[str] = []

@@ -1,0 +1,138 @@
+"""Where a monitor writes what it saw: an append-only ``.jsonl`` file beside the logger's files."""
+
+import os
+from io import FileIO
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+from lightning.pytorch import Trainer
+
+from lightning_mp.report.events import as_record, encode_event, read_events
+
+__all__ = ["EventLog", "gather_events", "run_directory"]
+
+_T = TypeVar("_T")
+
+
+class EventLog:
+    """Writes the events of one monitor, one JSON object per line, from rank zero.
+
+    Each line reaches the operating system in one write, so that a killed process leaves complete lines
+    and at most one torn one, which the next run removes. A run that resumes at step s first removes
+    the events with a ``step`` of s or more: it makes those steps again. A run from step zero moves a
+    log that it finds aside, to ``NAME-v1.jsonl``. Without a directory events are kept in memory.
+    Nothing is written under ``fast_dev_run``.
+
+    Args:
+        name: Name of the file without its ending, such as ``"overflow"``.
+        dirpath: Directory of the file; ``None`` for the logger's.
+
+    Attributes:
+        path: The file; ``None`` without a directory, on other ranks, and before ``open``.
+    """
+
+    def __init__(self, name: str, dirpath: str | Path | None = None) -> None:
+        self.name = name
+        self.dirpath = dirpath
+        self.path: Path | None = None
+        self._is_writer = False
+        self._file: FileIO | None = None
+        self._kept: list[Any] = []
+
+    def open(self, trainer: Trainer) -> None:
+        """Begin or continue at the step where ``trainer`` stands; call it in ``on_train_start``.
+
+        Earlier hooks are too early: they also run before the learning-rate finder's probing, and the
+        step of a checkpoint is not restored yet.
+        """
+        self.close()
+        self._is_writer = trainer.is_global_zero and not trainer.fast_dev_run  # type: ignore[attr-defined]
+        directory = run_directory(trainer, self.dirpath) if self._is_writer else None
+        self.path = None if directory is None else directory / f"{self.name}.jsonl"
+        self._kept = [event for event in self._kept if _is_before(event, trainer.global_step)]
+        if self.path is not None and self.path.exists():
+            _continue_at(self.path, trainer.global_step)
+
+    def append(self, event: Any) -> None:
+        """Write one event, a dataclass or a mapping; on other ranks than zero nothing happens."""
+        if self.path is None:
+            if self._is_writer:
+                self._kept.append(event)
+            return
+        if self._file is None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = FileIO(self.path, "a")
+        self._file.write(encode_event(event))
+
+    def read(self) -> list[dict[str, Any]]:
+        """Return all events of the run as dicts, from the file or from memory."""
+        if self.path is not None:
+            return read_events(self.path)
+        return [as_record(event) for event in self._kept]
+
+    def close(self) -> None:
+        """Close the file; the next event opens it again."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy, as a launcher or deepcopy makes it, opens the file for itself.
+        return {**self.__dict__, "_file": None}
+
+
+def run_directory(trainer: Trainer, dirpath: str | Path | None = None) -> Path | None:
+    """Return the directory for what describes this run, or ``None`` if no local one is known.
+
+    ``dirpath`` wins. Else it is that of the first logger with a directory: its ``log_dir``, or
+    ``save_dir/name/version``, where ``ModelCheckpoint`` puts its files. Only rank zero may rely on it.
+    """
+    if dirpath is not None:
+        return Path(dirpath)
+    for logger in trainer.loggers:
+        found = logger.log_dir
+        if found is None and isinstance(logger.save_dir, str | os.PathLike):
+            version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
+            found = os.path.join(logger.save_dir, str(logger.name), version)
+        if isinstance(found, str | os.PathLike) and "://" not in str(found):
+            return Path(found)
+    return None
+
+
+def gather_events(events: list[_T]) -> list[_T]:
+    """Return the events of all ranks, in the order of the ranks; every rank must call this.
+
+    Args:
+        events: Picklable values of this rank; they should carry their rank.
+    """
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return list(events)
+    gathered: list[list[_T]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(gathered, events)
+    return [event for of_rank in gathered for event in of_rank]
+
+
+def _is_before(event: Any, step: int) -> bool:
+    return bool(as_record(event).get("step", -1) < step)
+
+
+def _continue_at(path: Path, step: int) -> None:
+    """Leave of the file the events before ``step``, whole lines only; from step zero set it aside."""
+    events = read_events(path)
+    if step == 0 and events:
+        path.replace(_unused(path))
+        return
+    kept = b"".join(encode_event(event) for event in events if _is_before(event, step))
+    if kept != path.read_bytes():
+        # Written beside and moved over: a process killed in between leaves the old file whole.
+        beside = path.with_suffix(".jsonl.tmp")
+        beside.write_bytes(kept)
+        beside.replace(path)
+
+
+def _unused(path: Path) -> Path:
+    number = 1
+    while (found := path.with_name(f"{path.stem}-v{number}{path.suffix}")).exists():
+        number += 1
+    return found

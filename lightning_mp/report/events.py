@@ -1,0 +1,64 @@
+"""Event logs: one JSON object per line, as the monitors write them and the report page reads them.
+
+Numbers that JSON has no word for are written as the strings ``"Infinity"``, ``"-Infinity"`` and
+``"NaN"``, so that any reader of JSON can read a log; ``read_events`` turns them back into floats.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+__all__ = ["as_record", "encode_event", "read_events"]
+
+_NONFINITE = {"Infinity": math.inf, "-Infinity": -math.inf, "NaN": math.nan}
+
+
+def as_record(event: Any) -> dict[str, Any]:
+    """Return an event, a dataclass or a mapping, as a dict of its fields."""
+    if is_dataclass(event) and not isinstance(event, type):
+        return {f.name: getattr(event, f.name) for f in fields(event)}
+    return dict(event)
+
+
+def encode_event(event: Any) -> bytes:
+    r"""Return the line of the log that holds ``event``, a dataclass or a mapping, with its newline.
+
+    Example:
+        >>> encode_event({"step": 3, "amax": float("inf")})
+        b'{"step": 3, "amax": "Infinity"}\n'
+    """
+    record = as_record(event)
+    try:
+        text = json.dumps(record, allow_nan=False)
+    except ValueError:
+        text = json.dumps(_spell(record), allow_nan=False)
+    return text.encode() + b"\n"
+
+
+def read_events(path: Path) -> list[dict[str, Any]]:
+    """Return the events of a log in order; a torn last line, left by a killed process, is none.
+
+    Raises:
+        json.JSONDecodeError: If a complete line is not JSON: somebody else wrote into the file.
+    """
+    if not path.exists():
+        return []
+    complete, _, _ = path.read_bytes().rpartition(b"\n")
+    return [json.loads(line, object_hook=_unspell) for line in complete.splitlines() if line.strip()]
+
+
+def _spell(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    if isinstance(value, Mapping):
+        return {key: _spell(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_spell(item) for item in value]
+    return value
+
+
+def _unspell(record: dict[str, Any]) -> dict[str, Any]:
+    return {key: _NONFINITE.get(item, item) if isinstance(item, str) else item for key, item in record.items()}
