@@ -5,16 +5,20 @@ from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from lightning_mp.errors import SettingValueError
 from lightning_mp.master_weights.checkpoints import install_hooks
+from lightning_mp.master_weights.ddp import FP32Reducer
 from lightning_mp.master_weights.gradients import Gradients
 from lightning_mp.master_weights.masters import CopyMaster, Master, NoMaster, SplitMaster
 from lightning_mp.master_weights.optimizers import check_optimizer, upcast_state_
 from lightning_mp.master_weights.plan import params_to_cast
+from lightning_mp.master_weights.split import flat_view
 from lightning_mp.master_weights.stepping import MasterStep
 
 __all__ = ["MasterMode", "MasterWeights"]
@@ -63,6 +67,7 @@ class MasterWeights:
         self._names: dict[nn.Parameter, str] = {}
         self._steps: dict[int, MasterStep] = {}
         self._handles: list[RemovableHandle] = []
+        self._reducer: FP32Reducer | None = None
 
     @property
     def masters(self) -> Mapping[nn.Parameter, Master]:
@@ -97,16 +102,27 @@ class MasterWeights:
         _flatten_rnn_weights(module)
         self._handles = install_hooks(module, self._masters)
 
-    def attach(self, optimizers: Iterable[Optimizer], *, accumulate_fp32: bool = True) -> None:
+    def attach(
+        self,
+        optimizers: Iterable[Optimizer],
+        *,
+        accumulates: bool = True,
+        ddp: DistributedDataParallel | None = None,
+        reduce_dtype: torch.dtype = torch.float32,
+    ) -> None:
         """Let ``optimizers`` update the masters. Those attached already are left as they are.
 
         Args:
             optimizers: Made from the converted module's parameters; others in them are stepped as ever.
-            accumulate_fp32: Accumulate gradients in FP32, for more than one backward per step or for
-                FP16. Otherwise they stay in ``param_dtype`` until the step upcasts them by the bucket.
+            accumulates: Whether more than one backward feeds a step. Gradients are FP32 then, and
+                always in FP16 and under DDP. Otherwise BF16 ones stay BF16 until the step upcasts them
+                by the bucket.
+            ddp: The wrapper around the module, if there is one. Rank 0's masters go to all ranks.
+            reduce_dtype: Dtype in which gradients travel between ranks; only with ``ddp``.
 
         Raises:
-            UnsupportedError: If an optimizer cannot carry masters. No optimizer is changed then.
+            UnsupportedError: If an optimizer cannot carry masters, or DDP cannot reduce in FP32. No
+                optimizer is changed then.
         """
         fresh = [optimizer for optimizer in optimizers if id(optimizer) not in self._steps]
         if self.mode != "none":
@@ -115,7 +131,11 @@ class MasterWeights:
         for master in self._masters.values():
             master.move_()
             master.settle_writes()
-        self._set_grad_dtype(torch.float32 if accumulate_fp32 else self.param_dtype)
+        if ddp is not None:
+            self._attach_ddp(ddp, reduce_dtype=reduce_dtype, accumulates=accumulates)
+        elif self._reducer is None:
+            is_fp32 = accumulates or self.param_dtype is torch.float16
+            self._set_grad_dtype(torch.float32 if is_fp32 else self.param_dtype)
         for optimizer in fresh:
             self._attach_one(optimizer)
 
@@ -126,6 +146,9 @@ class MasterWeights:
         """
         for step in self._steps.values():
             step.remove()
+        if self._reducer is not None:
+            self._reducer.remove()
+            self._reducer = None
         for handle in self._handles:
             handle.remove()
         for master in self._masters.values():
@@ -155,8 +178,31 @@ class MasterWeights:
         """Return the dotted name under which a mastered parameter was found."""
         return self._names[param]
 
+    def begin_backward(self) -> None:
+        """Make room for the gradients of a backward; call it before each one under DDP."""
+        if self._reducer is not None:
+            self._reducer.begin_backward()
+
     def finish_backward(self) -> None:
-        """Put gradients that were reduced over ranks into ``param.grad``."""
+        """Put gradients that were reduced over ranks into ``param.grad``; the step does it otherwise."""
+        if self._reducer is not None:
+            self._reducer.finish_backward()
+
+    def _attach_ddp(self, ddp: DistributedDataParallel, *, reduce_dtype: torch.dtype, accumulates: bool) -> None:
+        if self._reducer is not None and self._reducer.ddp is ddp:
+            return
+        self._reducer = FP32Reducer(
+            ddp,
+            [param for param in self._masters if param.requires_grad],
+            reduce_dtype=reduce_dtype,
+            accumulates=accumulates,
+        )
+        # DDP sent rank 0's 16-bit weights to all ranks; what belongs to them must follow.
+        source = dist.get_global_rank(ddp.process_group, 0)
+        for master in self._masters.values():
+            for tensor in master.tensors():
+                # As bytes: neither gloo nor NCCL knows int16.
+                dist.broadcast(flat_view(tensor).view(torch.uint8), source, group=ddp.process_group)
 
     def _attach_one(self, optimizer: Optimizer) -> None:
         if self.mode != "none":

@@ -43,6 +43,10 @@ class Master(ABC):
     def nbytes(self) -> int:
         """Bytes kept between steps besides the model parameter."""
 
+    def tensors(self) -> list[Tensor]:
+        """Return what is kept besides the model parameter, to be sent to other ranks in place."""
+        return []
+
     @abstractmethod
     def load(self, out: Tensor | None = None) -> nn.Parameter:
         """Return what stands in for the parameter inside the step.
@@ -86,6 +90,9 @@ class CopyMaster(Master):
     @property
     def nbytes(self) -> int:
         return self._master.nbytes
+
+    def tensors(self) -> list[Tensor]:
+        return [self._master.detach()]
 
     def load(self, out: Tensor | None = None) -> nn.Parameter:
         self._take_over()
@@ -143,6 +150,9 @@ class SplitMaster(Master):
     @property
     def nbytes(self) -> int:
         return self._lo.nbytes + (0 if self._published is None else self._published.nbytes)
+
+    def tensors(self) -> list[Tensor]:
+        return [self._lo]
 
     def load(self, out: Tensor | None = None) -> nn.Parameter:
         return nn.Parameter(self._join(out))

@@ -115,13 +115,13 @@ def assert_same_bits(found: list[torch.Tensor], expected: list[torch.Tensor]) ->
         assert torch.equal(left.view(torch.int32), right.view(torch.int32))
 
 
-@pytest.mark.parametrize("accumulate_fp32", [True, False], ids=["fp32-grads", "bf16-grads"])
+@pytest.mark.parametrize("accumulates", [True, False], ids=["fp32-grads", "bf16-grads"])
 @pytest.mark.parametrize(("name", "options"), list(variants()))
-def test_split_equals_copy_bit_for_bit_over_a_run(name: str, options: dict[str, Any], accumulate_fp32: bool) -> None:
+def test_split_equals_copy_bit_for_bit_over_a_run(name: str, options: dict[str, Any], accumulates: bool) -> None:
     runs = {}
     for mode, bucket_numel in (("copy", 2**22), ("split", 1500)):
         module, masters, optimizer = make(mode, name, options, bucket_numel=bucket_numel)
-        masters.attach([optimizer], accumulate_fp32=accumulate_fp32)
+        masters.attach([optimizer], accumulates=accumulates)
         train(module, masters, optimizer, steps=12)
         runs[mode] = module, masters, optimizer
     (copied, copy_masters, copy_opt), (split, split_masters, split_opt) = runs["copy"], runs["split"]
@@ -367,7 +367,7 @@ def test_peak_inside_a_split_step_is_bounded_by_the_bucket() -> None:
             alive.append(sum(param.numel() for group in self.param_groups for param in group["params"]))
 
     optimizer = Watching(module.parameters(), lr=0.1)
-    masters.attach([optimizer], accumulate_fp32=False)
+    masters.attach([optimizer], accumulates=False)
     for param in module.parameters():
         param.grad = torch.ones_like(param)
     optimizer.step()

@@ -1,0 +1,167 @@
+"""Gradients of 16-bit parameters under DDP: accumulated and reduced in FP32.
+
+DDP's reducer works on buckets of the parameters' dtype and refuses gradients of another. So the
+gradients of one backward stay in 16 bits while it runs; a communication hook upcasts each bucket, adds
+what was accumulated before, and reduces that. Between backwards ``param.grad`` is FP32, so that
+``zero_grad``, clipping and the step need to know nothing.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.hooks import RemovableHandle
+
+from lightning_mp.errors import UnsupportedError
+
+__all__ = ["FP32Reducer"]
+
+
+class FP32Reducer:
+    """Accumulate and reduce the gradients of 16-bit parameters in FP32.
+
+    Args:
+        ddp: Wraps the converted module. Its communication hook is taken for its lifetime.
+        params: The 16-bit parameters.
+        reduce_dtype: Dtype in which gradients travel between ranks.
+        accumulates: Whether several backwards feed a step.
+
+    Raises:
+        UnsupportedError: If DDP has a communication hook already, or a static graph meets accumulation.
+    """
+
+    def __init__(
+        self,
+        ddp: DistributedDataParallel,
+        params: Iterable[nn.Parameter],
+        *,
+        reduce_dtype: torch.dtype = torch.float32,
+        accumulates: bool = True,
+    ) -> None:
+        _check_ddp(ddp, accumulates=accumulates)
+        self.ddp = ddp
+        self._params = list(params)
+        self._reduce_dtype = reduce_dtype
+        self._is_active = True
+        self._accumulated: dict[nn.Parameter, Tensor] = {}
+        self._reduced: dict[nn.Parameter, Tensor | None] = {}
+        self._arrived: set[nn.Parameter] = set()
+        for param in self._params:
+            param.grad = None
+            param.grad_dtype = None  # 16-bit while backward runs, FP32 between
+        self._handles: list[RemovableHandle] = [
+            param.register_post_accumulate_grad_hook(self._take)  # type: ignore[no-untyped-call]
+            for param in self._params
+        ]
+        ddp.register_comm_hook(None, self._reduce)
+
+    def begin_backward(self) -> None:
+        """Set aside what earlier backwards left in ``param.grad``: DDP must find 16-bit gradients only."""
+        self._arrived.clear()
+        for param in self._params:
+            if param.grad is not None:
+                self._accumulated[param] = param.grad.to(torch.float32)
+                param.grad = None
+
+    def finish_backward(self) -> None:
+        """Put the reduced gradients, or without a reduction the accumulated ones, into ``param.grad``."""
+        results = {**self._accumulated, **self._reduced}
+        for param, grad in results.items():
+            param.grad = grad
+        self._accumulated.clear()
+        self._reduced.clear()
+        self._arrived.clear()
+
+    def remove(self) -> None:
+        """Leave gradients to DDP again. The communication hook stays, as DDP cannot forget one."""
+        self._is_active = False
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def _take(self, param: nn.Parameter) -> None:
+        self._arrived.add(param)
+        grad = param.grad
+        # On a reducing backward the gradient is DDP's; taking it here would make ranks diverge.
+        if self.ddp.require_backward_grad_sync or grad is None:
+            return
+        if param in self._accumulated:
+            self._accumulated[param].add_(grad)
+        else:
+            self._accumulated[param] = grad.to(torch.float32)
+        param.grad = None
+
+    def _reduce(
+        self,
+        _: object,
+        bucket: dist.GradBucket,  # type: ignore[name-defined]  # DDP insists on this annotation
+    ) -> torch.futures.Future[Tensor]:
+        """Reduce one bucket: the hook that DDP calls when the gradients of a bucket are there."""
+        if bucket.buffer().dtype is torch.float32 or not self._is_active:
+            return self._reduce_plain(bucket)
+        params = bucket.parameters()
+        flat, views = self._upcast(bucket, params)
+        flat.div_(self.ddp.process_group.size())
+        # One number per parameter: how many ranks have a gradient. With none it stays None, as in FP32.
+        present = [param in self._arrived or param in self._accumulated for param in params]
+        counts = torch.tensor(present, dtype=torch.float32, device=flat.device)
+        sent = torch.cat([flat, counts]).to(self._reduce_dtype)
+        for param in params:
+            self._accumulated.pop(param, None)
+
+        def keep(future: torch.futures.Future[list[Tensor]]) -> Tensor:
+            received = future.value()[0]
+            flat.copy_(received[: flat.numel()])
+            found = received[flat.numel() :].tolist() if self.ddp.find_unused_parameters else [1.0] * len(params)
+            for param, view, count in zip(params, views, found, strict=True):
+                self._reduced[param] = view if count else None
+            buffer: Tensor = bucket.buffer()
+            return buffer
+
+        return self._all_reduce(sent).then(keep)
+
+    def _all_reduce(self, tensor: Tensor) -> "torch.futures.Future[list[Tensor]]":
+        work = dist.all_reduce(tensor, group=self.ddp.process_group, async_op=True)
+        future: torch.futures.Future[list[Tensor]] = work.get_future()
+        return future
+
+    def _upcast(self, bucket: Any, params: list[nn.Parameter]) -> tuple[Tensor, list[Tensor]]:
+        """Return the bucket in FP32 with the accumulated gradients added, and a view per parameter."""
+        flat = bucket.buffer().to(torch.float32)
+        views = []
+        start = 0
+        for param in params:
+            # DDP stores each gradient with its parameter's strides.
+            view = flat.as_strided(param.shape, param.stride(), start)
+            start += param.numel()
+            if param in self._accumulated:
+                view.add_(self._accumulated[param])
+            views.append(view)
+        return flat, views
+
+    def _reduce_plain(self, bucket: Any) -> torch.futures.Future[Tensor]:
+        """Average a bucket of FP32 parameters as DDP does, in the dtype that was asked for."""
+        buffer: Tensor = bucket.buffer()
+        sent = buffer.to(self._reduce_dtype if self._is_active else buffer.dtype).div_(self.ddp.process_group.size())
+
+        def keep(future: torch.futures.Future[list[Tensor]]) -> Tensor:
+            return buffer if future.value()[0] is buffer else buffer.copy_(future.value()[0])
+
+        return self._all_reduce(sent).then(keep)
+
+
+def _check_ddp(ddp: DistributedDataParallel, *, accumulates: bool) -> None:
+    if ddp._comm_hooks:
+        raise UnsupportedError(
+            "master_weights: DDP has a communication hook already, and it takes a single one; masters need it to "
+            "reduce gradients in FP32. Remove ddp_comm_hook, or use master_weights='params'. To halve the traffic, "
+            "use reduce_dtype='bf16'."
+        )
+    if ddp.static_graph and accumulates:
+        raise UnsupportedError(
+            "master_weights: DDP with static_graph=True cannot accumulate gradients over several backwards "
+            "(torch itself fails there). Use static_graph=False or accumulate_grad_batches=1."
+        )

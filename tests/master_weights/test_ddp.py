@@ -1,0 +1,218 @@
+"""Two gloo ranks: FP32 accumulation and reduction of 16-bit parameters' gradients."""
+
+import contextlib
+import os
+import socket
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from lightning_mp.errors import UnsupportedError
+from lightning_mp.master_weights import MasterWeights
+
+WORLD = 2
+STEPS = 3
+ALL: dict[str, bool] = {}
+NO_B = {"use_b": False}
+
+
+class Net(nn.Module):
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.a = nn.Linear(16, 32)
+        self.norm = nn.LayerNorm(32)
+        self.b = nn.Linear(32, 32)
+        self.c = nn.Linear(32, 4)
+
+    def forward(self, x: Tensor, use_b: bool = True) -> Tensor:
+        h = self.norm(self.a(x).relu().float())
+        if use_b:
+            h = self.b(h.bfloat16()).relu()
+        return self.c(h.bfloat16())
+
+
+def batch(rank: int, micro: int) -> Tensor:
+    generator = torch.Generator().manual_seed(1000 * rank + micro)
+    return torch.randn(8, 16, generator=generator).bfloat16()
+
+
+def loss_of(output: Tensor) -> Tensor:
+    return output.float().square().mean()
+
+
+def options_of(options: Any, rank: int) -> dict[str, bool]:
+    return options[rank] if isinstance(options, tuple) else options
+
+
+def reference_gradients(module: nn.Module, micros: list[Any]) -> dict[str, Tensor]:
+    """Average over ranks of the FP64 sum over micro-batches of single BF16 backwards."""
+    total: dict[str, Tensor] = {}
+    for rank in range(WORLD):
+        for micro, options in enumerate(micros):
+            for param in module.parameters():
+                param.grad = None
+            loss_of(module(batch(rank, micro), **options_of(options, rank))).backward()
+            for name, param in module.named_parameters():
+                if param.grad is not None:
+                    total[name] = total.get(name, 0.0) + param.grad.double() / WORLD
+    for param in module.parameters():
+        param.grad = None
+    return total
+
+
+def bf16_twin(module: nn.Module) -> nn.Module:
+    twin = Net()
+    for ours, theirs in zip(twin.parameters(), module.parameters(), strict=True):
+        ours.data = theirs.detach().clone()
+    return twin
+
+
+def check_gradients(module: nn.Module, expected: dict[str, Tensor], tolerance: float) -> None:
+    for name, param in module.named_parameters():
+        if name not in expected:
+            assert param.grad is None, name
+            continue
+        assert param.grad.dtype is torch.float32
+        scale = expected[name].abs().max().item() + 1e-30
+        assert (param.grad.double() - expected[name]).abs().max().item() <= tolerance * scale, name
+
+
+def assert_ranks_equal(tensors: list[Tensor]) -> None:
+    flat = torch.cat([tensor.detach().float().flatten() for tensor in tensors])
+    everywhere = [torch.empty_like(flat) for _ in range(WORLD)]
+    dist.all_gather(everywhere, flat)
+    assert torch.equal(everywhere[0].view(torch.int32), everywhere[1].view(torch.int32))
+
+
+def run_case(
+    rank: int, mode: str, micros: list[Any], *, tolerance: float, reduce_dtype: torch.dtype, **kwargs: Any
+) -> None:
+    module = Net(seed=rank)  # ranks start from different weights, as unseeded runs do
+    masters = MasterWeights(mode, bucket_numel=600)
+    masters.convert_(module)
+    ddp = DistributedDataParallel(module, bucket_cap_mb=0.001, **kwargs)
+    optimizer = torch.optim.AdamW(module.parameters(), lr=1e-3)
+    masters.attach([optimizer], ddp=ddp, reduce_dtype=reduce_dtype, accumulates=len(micros) > 1)
+    masters.attach([optimizer], ddp=ddp, reduce_dtype=reduce_dtype, accumulates=len(micros) > 1)  # once more: nothing
+    for _ in range(STEPS):
+        expected = reference_gradients(bf16_twin(module), micros)
+        for micro, options in enumerate(micros):
+            is_last = micro == len(micros) - 1
+            with contextlib.nullcontext() if is_last else ddp.no_sync():
+                loss = loss_of(ddp(batch(rank, micro), **options_of(options, rank)))
+                masters.begin_backward()
+                loss.backward()
+                masters.finish_backward()
+        check_gradients(module, expected, tolerance)
+        assert_ranks_equal([param.grad for param in module.parameters() if param.grad is not None])
+        optimizer.step()
+        optimizer.zero_grad()
+        assert_ranks_equal([masters.value_of(param) for param in module.parameters()])
+        assert_ranks_equal(list(module.parameters()))
+    masters.detach()
+    assert {param.dtype for param in module.parameters()} == {torch.float32}
+
+
+def cases() -> list[tuple[str, list[Any], dict[str, Any]]]:
+    found = []
+    for view in (False, True):
+        common = {"gradient_as_bucket_view": view}
+        unused = {**common, "find_unused_parameters": True}
+        found += [
+            ("one backward", [ALL], common),
+            ("three backwards", [ALL, ALL, ALL], common),
+            ("unused in the last backward", [ALL, ALL, NO_B], unused),
+            ("unused on one rank", [ALL, (ALL, NO_B)], unused),
+            ("unused everywhere", [NO_B, NO_B], unused),
+        ]
+    return found
+
+
+def worker(rank: int, port: int) -> None:
+    torch.set_num_threads(1)
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    dist.init_process_group("gloo", rank=rank, world_size=WORLD)
+    try:
+        for mode in ("copy", "split"):
+            for _, micros, kwargs in cases():
+                # FP32 sums of a handful of terms: a few FP32 ulps. BF16 accumulation would be off by 2**-9.
+                run_case(rank, mode, micros, tolerance=1e-6, reduce_dtype=torch.float32, **kwargs)
+        # Reduced in BF16: one rounding of 2**-9 per rank's part and of the sum.
+        run_case(rank, "split", [ALL, ALL], tolerance=2.0**-7, reduce_dtype=torch.bfloat16)
+        check_zero_grad_between_backwards(rank)
+        check_second_backward_without_zero_grad(rank)
+        check_refusals()
+    finally:
+        dist.destroy_process_group()
+
+
+def attached(rank: int) -> tuple[Net, MasterWeights, DistributedDataParallel]:
+    module = Net()
+    masters = MasterWeights("split")
+    masters.convert_(module)
+    ddp = DistributedDataParallel(module)
+    masters.attach([torch.optim.SGD(module.parameters(), lr=0.1)], ddp=ddp)
+    return module, masters, ddp
+
+
+def backward(masters: MasterWeights, ddp: DistributedDataParallel, x: Tensor) -> None:
+    loss = loss_of(ddp(x))
+    masters.begin_backward()
+    loss.backward()
+    masters.finish_backward()
+
+
+def check_zero_grad_between_backwards(rank: int) -> None:
+    """What a user clears must not come back from an accumulator."""
+    module, masters, ddp = attached(rank)
+    with ddp.no_sync():
+        backward(masters, ddp, batch(rank, 7))
+    assert {param.grad.dtype for param in module.parameters()} == {torch.float32}
+    for param in module.parameters():
+        param.grad = None
+    backward(masters, ddp, batch(rank, 0))
+    check_gradients(module, reference_gradients(bf16_twin(module), [ALL]), 1e-6)
+    for param in module.parameters():
+        param.grad.zero_()
+    backward(masters, ddp, batch(rank, 0))
+    check_gradients(module, reference_gradients(bf16_twin(module), [ALL]), 1e-6)
+
+
+def check_second_backward_without_zero_grad(rank: int) -> None:
+    module, masters, ddp = attached(rank)
+    backward(masters, ddp, batch(rank, 0))
+    backward(masters, ddp, batch(rank, 1))
+    check_gradients(module, reference_gradients(bf16_twin(module), [ALL, ALL]), 1e-6)
+
+
+def check_refusals() -> None:
+    module = Net()
+    masters = MasterWeights("split")
+    masters.convert_(module)
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+    ddp = DistributedDataParallel(module)
+    from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
+
+    ddp.register_comm_hook(None, default_hooks.allreduce_hook)
+    with pytest.raises(UnsupportedError, match=r"DDP has a communication hook already.*use reduce_dtype='bf16'"):
+        masters.attach([optimizer], ddp=ddp)
+    ddp = DistributedDataParallel(module, static_graph=True)
+    with pytest.raises(UnsupportedError, match=r"static_graph=True cannot accumulate.*accumulate_grad_batches=1"):
+        masters.attach([optimizer], ddp=ddp, accumulates=True)
+    assert "step" not in vars(optimizer)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def test_two_ranks_accumulate_and_reduce_in_fp32_and_stay_bit_identical() -> None:
+    mp.spawn(worker, (free_port(),), nprocs=WORLD)
