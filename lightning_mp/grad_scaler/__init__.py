@@ -5,7 +5,7 @@ gradient by the scale exactly once and says whether one was non-finite; ``Readba
 place that reads a result of the device.
 """
 
-from lightning_mp.grad_scaler.device_skip import skip_on_device, supports_skip_on_device
+from lightning_mp.grad_scaler.device_skip import step_unless, supports_skip_on_device
 from lightning_mp.grad_scaler.readback import Readback
 from lightning_mp.grad_scaler.scaler import LossScaler
 from lightning_mp.grad_scaler.unscaler import GradientUnscaler, gradient_amaxes
@@ -15,6 +15,6 @@ __all__ = [
     "LossScaler",
     "Readback",
     "gradient_amaxes",
-    "skip_on_device",
+    "step_unless",
     "supports_skip_on_device",
 ]

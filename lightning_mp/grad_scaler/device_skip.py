@@ -1,7 +1,5 @@
 """Leaving out an update by a flag on the device."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import cache
 from inspect import signature
 from typing import Any
@@ -10,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-__all__ = ["skip_on_device", "supports_skip_on_device"]
+__all__ = ["step_unless", "supports_skip_on_device"]
 
 
 def supports_skip_on_device(optimizer: Optimizer) -> bool:
@@ -34,13 +32,21 @@ def _takes_grad_scaler(optimizer_class: Any) -> bool:
     return "grad_scaler" in signature(optimizer_class.step).parameters
 
 
-@contextmanager
-def skip_on_device(optimizer: Optimizer, found_inf: Tensor) -> Iterator[None]:
-    """Make ``optimizer.step`` inside the block a no-op wherever ``found_inf`` is nonzero."""
+def step_unless(found_inf: Tensor, optimizer: Optimizer, kwargs: dict[str, Any]) -> Any:
+    """Call ``optimizer.step``, which leaves out its update if ``found_inf`` is nonzero on the device.
+
+    Args:
+        found_inf: 0-dim FP32 tensor.
+        optimizer: One that ``supports_skip_on_device``.
+        kwargs: Arguments of ``optimizer.step``.
+
+    Returns:
+        What ``optimizer.step`` returns.
+    """
     optimizer.grad_scale = None  # type: ignore[attr-defined]
     optimizer.found_inf = found_inf  # type: ignore[attr-defined]
     try:
-        yield
+        return optimizer.step(**kwargs)
     finally:
         del optimizer.grad_scale, optimizer.found_inf  # type: ignore[attr-defined]
 

@@ -203,6 +203,7 @@ class MixedPrecision(FSDPPrecision):
             self.scaler = LossScaler(rule, device.type)
         self._ledger.rule = self.scaler.rule if self.scaler is not None else None
         self._stepper = OptimizerStepper(self.scaler, self._ledger, on_nonfinite=policy.on_nonfinite)
+        self._region: TrainStepRegion | None = None
 
     def convert_module(self, module: nn.Module) -> nn.Module:
         trainer = getattr(module, "_trainer", None)
@@ -265,6 +266,7 @@ class MixedPrecision(FSDPPrecision):
             is_sharded=_is_sharded(model, optimizers),
             is_log_step=self._is_log_step,
         )
+        self._region = None
         self._ledger.on_settled = self._release_schedulers
         self._ledger.name_parameter = self._name_first_nonfinite
         self._handles = [o.register_state_dict_pre_hook(lambda _: self.settle()) for o in optimizers]
@@ -302,6 +304,7 @@ class MixedPrecision(FSDPPrecision):
         self._handles, self._holds, self._model = [], [], None
         self._ledger.latest.clear()
         self._stepper = OptimizerStepper(self.scaler, self._ledger, on_nonfinite=self.policy.on_nonfinite)
+        self._region = None
 
     def teardown(self) -> None:
         trainer = getattr(self._module, "_trainer", None)
@@ -325,12 +328,17 @@ class MixedPrecision(FSDPPrecision):
         return autocast_region(self._device.type, self.policy.compute_dtype, cache_weights=False)
 
     def train_step_context(self) -> TrainStepRegion:  # type: ignore[override]
-        region = None
+        if self._region is None or self._stepper.is_in_batch:
+            self._region = self._new_region()
+        return self._region
+
+    def _new_region(self) -> TrainStepRegion:
+        autocast = None
         if self.policy.precision != "fp32":
-            region = autocast_region(
+            autocast = autocast_region(
                 self._device.type, self.policy.compute_dtype, cache_weights=is_autocast_cache_safe()
             )
-        return TrainStepRegion(region, self._stepper.enter_batch, self._stepper.exit_batch)
+        return TrainStepRegion(autocast, self._stepper.enter_batch, self._stepper.exit_batch)
 
     def val_step_context(self) -> AbstractContextManager[Any]:  # type: ignore[override]
         self.settle()

@@ -14,7 +14,7 @@ from lightning_mp.grad_scaler import (
     LossScaler,
     Readback,
     gradient_amaxes,
-    skip_on_device,
+    step_unless,
     supports_skip_on_device,
 )
 from lightning_mp.precision.checks import is_closure_repeating
@@ -129,7 +129,7 @@ class OptimizerStepper:
         optimizer = attempt.optimizer
         attempt.loss = self._loss
         if self.scaler is not None:
-            attempt.loss_scale = self.scaler.scale_tensor(found_inf.device)
+            attempt.loss_scale = self.scaler.scale_tensor(found_inf.device).clone()
         if self.ledger.wants_culprit:
             attempt.amaxes = gradient_amaxes(optimizer)
         self._attempt = attempt
@@ -145,8 +145,9 @@ class OptimizerStepper:
         self.ledger.pending = attempt
         if skip_flag is None:
             return self._apply(optimizer, result, kwargs)
-        with skip_on_device(optimizer, skip_flag):
-            return self._apply(optimizer, result, kwargs)
+        if self.scaler is None:
+            kwargs = {**kwargs, "closure": lambda: result}
+        return step_unless(skip_flag, optimizer, kwargs)
 
     def _skip_flag(self, found_inf: Tensor, loss: Tensor | None) -> Tensor | None:
         """Return the 0-dim tensor that says whether to skip, or ``None`` if nothing can make it skip."""
