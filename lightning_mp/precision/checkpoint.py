@@ -32,21 +32,21 @@ _COUNTS = ("attempts", "applied_steps", "skipped_steps", "consecutive_skips", "f
 _FLAT_SETTINGS = ("growth_factor", "backoff_factor", "growth_interval")
 
 
-def dump_state(precision: str, scaler: LossScaler | None, ledger: StepLedger, owed: list[int]) -> dict[str, Any]:
+def dump_state(precision: str, scaler: LossScaler | None, ledger: StepLedger, held: list[list[int]]) -> dict[str, Any]:
     """Return the state as plain values.
 
     Args:
         precision: Precision in force, such as ``"fp16"``.
         scaler: The loss scaler, if there is one.
         ledger: Counts of steps.
-        owed: Per held scheduler, skipped steps that its next advance still waits for.
+        held: Per held scheduler, the state of ``SchedulerHold``.
     """
     # Without a scaler the flat keys are those of a fresh one: what an FP16 run should start from.
     flat = scaler.state_dict() if scaler is not None else torch.amp.GradScaler("cpu").state_dict()
     extras: dict[str, Any] = {
         "version": _VERSION,
         "precision": precision,
-        "schedulers_owed": owed,
+        "held_schedulers": held,
         **{name: getattr(ledger, name) for name in _COUNTS},
     }
     if scaler is not None:
@@ -55,13 +55,13 @@ def dump_state(precision: str, scaler: LossScaler | None, ledger: StepLedger, ow
     return {**flat, _EXTRAS: extras}
 
 
-def restore_ledger(ledger: StepLedger, state: Mapping[str, Any]) -> list[int]:
-    """Take over the counts, where the checkpoint has them; return what schedulers are owed."""
+def restore_ledger(ledger: StepLedger, state: Mapping[str, Any]) -> list[list[int]]:
+    """Take over the counts, where the checkpoint has them; return the held schedulers' states."""
     extras = state.get(_EXTRAS, {})
     for name in _COUNTS:
         setattr(ledger, name, int(extras.get(name, 0)))
     ledger.last_step = None
-    return [int(n) for n in extras.get("schedulers_owed", [])]
+    return [[int(n) for n in held] for held in extras.get("held_schedulers", [])]
 
 
 def saved_precision(state: Mapping[str, Any]) -> str:

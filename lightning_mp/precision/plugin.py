@@ -106,7 +106,7 @@ class MixedPrecision(FSDPPrecision):
         self._holds: list[SchedulerHold] = []
         self._handles: list[Any] = []
         self._model: nn.Module | None = None
-        self._owed: list[int] = []
+        self._held_states: list[list[int]] = []
         self._pins: list[ModulePin] = []
         self._applied_pins: list[ModulePin] = []
         self.scaler: LossScaler | None = None  # type: ignore[assignment]
@@ -287,8 +287,6 @@ class MixedPrecision(FSDPPrecision):
             else:
                 continue
             self._holds.append(hold)
-        for hold, owed in zip(self._holds, self._owed, strict=False):
-            hold.owed = owed
 
     def _release_schedulers(self, attempt: Attempt) -> None:
         for hold in self._holds:
@@ -300,7 +298,7 @@ class MixedPrecision(FSDPPrecision):
             handle.remove()
         for hold in self._holds:
             hold.release()
-        self._owed = [hold.owed for hold in self._holds] or self._owed
+        self._held_states = [hold.state() for hold in self._holds]
         self._handles, self._holds, self._model = [], [], None
         self._ledger.latest.clear()
         self._stepper = OptimizerStepper(self.scaler, self._ledger, on_nonfinite=self.policy.on_nonfinite)
@@ -426,14 +424,14 @@ class MixedPrecision(FSDPPrecision):
 
     def state_dict(self) -> dict[str, Any]:
         self.settle()
-        owed = [hold.owed for hold in self._holds] or self._owed
-        return dump_state(self.policy.precision, self.scaler, self._ledger, owed)
+        held = [hold.state() for hold in self._holds] or self._held_states
+        return dump_state(self.policy.precision, self.scaler, self._ledger, held)
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         self._ledger.pending = None
-        self._owed = restore_ledger(self._ledger, state_dict)
-        for hold, owed in zip(self._holds, self._owed, strict=False):
-            hold.owed = owed
+        self._held_states = restore_ledger(self._ledger, state_dict)
+        for hold, state in zip(self._holds, self._held_states, strict=False):
+            hold.load_state(state)
         changes = restore_scaler(self.scaler, state_dict) if self.scaler is not None and state_dict else []
         self._ledger.rule = self.scaler.rule if self.scaler is not None else None
         saved = saved_precision(state_dict)

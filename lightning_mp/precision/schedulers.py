@@ -61,6 +61,19 @@ class SchedulerHold:
                 "Pass MixedPrecision(..., hold_schedulers=False) to let it advance on skipped steps too."
             ) from None
 
+    def state(self) -> list[int]:
+        """Return what a resumed run needs: steps owed, advances to drop, applied steps waited for."""
+        return [self.owed, self.drops, self._waiting[0] if self._waiting is not None else 0]
+
+    def load_state(self, state: list[int]) -> None:
+        """Continue from what ``state`` returned."""
+        self.owed, self.drops, left = state
+        # A waiting advance was asked for without arguments, unless it was a metric that is gone by now.
+        self._waiting = (left, self._advance) if left else None
+
+    def _advance(self) -> None:
+        self._original.step(self.scheduler)
+
     def release(self) -> None:
         """Give the scheduler its own class back."""
         self.scheduler.__class__ = self._original

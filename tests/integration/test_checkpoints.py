@@ -39,7 +39,7 @@ class Shuffled(Regression):
     """Bad batches by the number of steps taken, which survives a resume."""
 
     def training_step(self, batch, batch_idx):
-        return self.loss(batch) * (INF if self.trainer.global_step in (2, 5, 9, 10, 14) else 1.0)
+        return self.loss(batch) * (INF if self.trainer.global_step in (2, 5, 11, 14) else 1.0)
 
 
 def make(fused):
@@ -66,6 +66,8 @@ def test_resumed_run_is_bit_identical_to_the_uninterrupted_one(tmp_path, precisi
     run_resumed.fit(resumed, batches(6), ckpt_path=path)
     assert all(torch.equal(p, q) for p, q in zip(weights(whole), weights(resumed), strict=True))
     assert scales[0] == scales[1] + scales[2]
+    # An advance of the scheduler was waiting when the checkpoint was written: step 11 was skipped.
+    assert first.trainer.precision_plugin.state_dict()["lightning_mp"]["held_schedulers"][0][2] > 0
     assert full.state_dict() == last.state_dict()
     held = [r.lr_scheduler_configs[0].scheduler.state_dict() for r in (run, run_resumed)]
     assert held[0] == held[1]
