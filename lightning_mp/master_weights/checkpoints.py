@@ -100,7 +100,6 @@ class _Checker:
         state_dict: dict[str, Any],
         prefix: str,
         local_metadata: dict[str, Any],
-        strict: bool,
         *_: Any,
     ) -> None:
         if local_metadata.get("assign_to_params_buffers", False):
@@ -109,18 +108,13 @@ class _Checker:
                 "Use assign=False during the fit."
             )
         for name, param in module.named_parameters(remove_duplicate=False):
-            if param in self._masters:
-                _check_entry(prefix + name, state_dict.get(prefix + name), param, strict=strict)
+            # A missing key is left to torch: only the caller's strict, which hooks do not see, says
+            # whether that is a fault.
+            if param in self._masters and prefix + name in state_dict:
+                _check_entry(prefix + name, state_dict[prefix + name], param)
 
 
-def _check_entry(key: str, value: Any, param: nn.Parameter, *, strict: bool) -> None:
-    if value is None:
-        if strict:
-            raise UnsupportedError(
-                f"master_weights: the checkpoint has no {key!r}, so its master is missing; nothing was loaded. "
-                "Load with strict=False to keep the present value."
-            )
-        return
+def _check_entry(key: str, value: Any, param: nn.Parameter) -> None:
     if not isinstance(value, Tensor) or not value.is_floating_point():
         raise UnsupportedError(
             f"master_weights: the checkpoint's {key!r} is {_describe(value)}, and a master needs a floating-point "

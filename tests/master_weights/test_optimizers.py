@@ -1,0 +1,142 @@
+"""Optimizers that cannot carry masters are refused before anything is changed."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from lightning_mp.errors import UnsupportedError
+from lightning_mp.master_weights import MasterWeights
+
+
+class FlatBuffer(torch.optim.SGD):
+    """As optimizers that concatenate everything do."""
+
+    def __init__(self, params: Any, lr: float) -> None:
+        super().__init__(params, lr=lr)
+        self.flat = torch.cat([param.detach().flatten() for group in self.param_groups for param in group["params"]])
+
+
+class HoldsParams(torch.optim.SGD):
+    def __init__(self, params: Any, lr: float) -> None:
+        super().__init__(params, lr=lr)
+        self.params = {"all": [param for group in self.param_groups for param in group["params"]]}
+
+
+class Lookahead(Optimizer):
+    def __init__(self, params: Any, lr: float) -> None:
+        super().__init__(params, {"lr": lr})
+        self.base_optimizer = torch.optim.SGD(self.param_groups, lr=lr)
+
+    def step(self, closure: Any = None) -> None:
+        self.base_optimizer.step()
+
+
+class FusedAdam(torch.optim.Adam):
+    """Transformer Engine's, as far as recognition goes."""
+
+    def __init__(self, params: Any, lr: float, *, master_weights: bool = True) -> None:
+        super().__init__(params, lr=lr)
+        self.master_weights = master_weights
+
+
+def from_package(package: str) -> type[Optimizer]:
+    return type("FlashAdamW", (torch.optim.AdamW,), {"__module__": f"{package}.optim"})
+
+
+CASES: dict[str, tuple[Any, str]] = {
+    "lbfgs": (torch.optim.LBFGS, r"LBFGS mixes all parameters in one direction vector. Use an optimizer of torch"),
+    "flat": (FlatBuffer, r"FlatBuffer.flat holds parameters or a flat buffer outside of param_groups"),
+    "params": (HoldsParams, r"HoldsParams.params holds parameters or a flat buffer outside of param_groups"),
+    "wrapper": (Lookahead, r"Lookahead.base_optimizer holds another optimizer \(SGD\)"),
+    "te": (FusedAdam, r"FusedAdam was built with master_weights=True and keeps masters of its own. Build it with"),
+    "flashoptim": (from_package("flashoptim"), r"FlashOptim splits weights into masters itself \(FlashAdamW\). Use it"),
+    "bitsandbytes": (from_package("bitsandbytes"), r"bitsandbytes keeps its state by parameter position"),
+    "deepspeed": (from_package("deepspeed"), r"DeepSpeed optimizers hold their own masters"),
+}
+
+
+@pytest.mark.parametrize("mode", ["copy", "split"])
+@pytest.mark.parametrize("case", CASES)
+def test_an_optimizer_that_cannot_carry_masters_is_refused_with_the_fix(case: str, mode: str) -> None:
+    cls, message = CASES[case]
+    module = nn.Linear(4, 4)
+    masters = MasterWeights(mode)
+    masters.convert_(module)
+    good = torch.optim.SGD(module.parameters(), lr=0.1)
+    bad = cls(module.parameters(), lr=0.1)
+    with pytest.raises(UnsupportedError, match=message):
+        masters.attach([good, bad])
+    assert "step" not in vars(good)
+    assert "step" not in vars(bad)
+
+
+def test_transformer_engine_adam_without_its_own_masters_is_accepted() -> None:
+    module = nn.Linear(4, 4)
+    masters = MasterWeights("split")
+    masters.convert_(module)
+    masters.attach([FusedAdam(module.parameters(), lr=0.1, master_weights=False)])
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")  # torch 2.13 imports it there
+def test_zero_redundancy_optimizer_is_refused(tmp_path: Any) -> None:
+    import torch.distributed as dist
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    try:
+        module = nn.Linear(4, 4)
+        masters = MasterWeights("copy")
+        masters.convert_(module)
+        optimizer = ZeroRedundancyOptimizer(module.parameters(), torch.optim.SGD, lr=0.1)
+        with pytest.raises(UnsupportedError, match=r"ZeroRedundancyOptimizer\.\w+ holds"):
+            masters.attach([optimizer])
+    finally:
+        dist.destroy_process_group()
+
+
+def test_none_takes_any_optimizer() -> None:
+    module = nn.Linear(4, 4)
+    masters = MasterWeights("none")
+    masters.convert_(module)
+    masters.attach([FlatBuffer(module.parameters(), lr=0.1)])
+
+
+def test_adagrad_starts_from_the_unrounded_accumulator() -> None:
+    # 0.1 in BF16 is 0.10009766.
+    module = nn.Linear(4, 4)
+    masters = MasterWeights("copy")
+    masters.convert_(module)
+    optimizer = torch.optim.Adagrad(module.parameters(), initial_accumulator_value=0.1)
+    masters.attach([optimizer])
+    state = optimizer.state[module.weight]["sum"]
+    assert state.dtype is torch.float32
+    assert torch.equal(state, torch.full((4, 4), 0.1))
+
+
+@pytest.mark.filterwarnings("ignore")  # torchao and the compiler warn about their own internals
+def test_torchao_8_bit_adam_steps_fp32_stand_ins_and_keeps_8_bit_states() -> None:
+    optim = pytest.importorskip("torchao.optim")
+    module = nn.Linear(128, 128, bias=False)
+    reference = nn.Linear(128, 128, bias=False)
+    with torch.no_grad():
+        reference.weight.copy_(module.weight)
+    start = module.weight.detach().clone()
+    masters = MasterWeights("split")
+    masters.convert_(module)
+    optimizer = optim.AdamW8bit(module.parameters(), lr=1e-4)
+    plain = optim.AdamW8bit(reference.parameters(), lr=1e-4)
+    masters.attach([optimizer])
+    # The author's step compiles one function; run it as written, a compiler is not what is tested.
+    with torch.compiler.set_stance("force_eager"):
+        for step in range(3):
+            generator = torch.Generator().manual_seed(step)
+            grad = torch.randn(128, 128, generator=generator)
+            module.weight.grad, reference.weight.grad = grad, grad.clone()
+            optimizer.step()
+            plain.step()
+    assert torch.equal(masters.value_of(module.weight), reference.weight)
+    assert not torch.equal(reference.weight, start)
+    assert type(optimizer.state[module.weight]["exp_avg"]).__name__ == "OptimState8bit"
