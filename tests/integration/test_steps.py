@@ -360,3 +360,43 @@ def test_sparse_gradients_are_checked_and_unscaled():
     plain_loop(reference, batches_without({1}))
     assert plugin.skipped_steps == 1
     assert all(torch.equal(p, q) for p, q in zip(weights(model), weights(reference), strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("precision", "scale"), [("bf16", None), ("fp16", 256.0), ("fp16", "dynamic")])
+def test_no_host_sync_between_log_steps_on_cuda(precision, scale):
+    """Fused AdamW, clipping and a held scheduler; the data lies on the device, as copies would synchronize."""
+
+    class Watched(Regression):
+        def on_train_batch_start(self, batch, batch_idx):
+            # The first batches allocate pinned memory and optimizer state, which synchronizes.
+            torch.cuda.set_sync_debug_mode("error" if 5 <= batch_idx < 45 else "default")
+
+    x, y = (torch.cat(parts).cuda() for parts in zip(*batches(60), strict=True))
+    data = torch.utils.data.DataLoader(
+        torch.utils.data.TensorDataset(x, y), batch_size=None, sampler=torch.arange(60).view(-1, 1)
+    )
+    plugin = MixedPrecision(precision, loss_scale=scale)
+    model = Watched(factors={7: INF, 20: INF}, fused=True, scheduler=lambda o: lr_scheduler.StepLR(o, 1, 0.99))
+    try:
+        trainer(plugin, accelerator="cuda", gradient_clip_val=0.5, log_every_n_steps=50).fit(model, data)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert plugin.skipped_steps >= 2
+    assert plugin.applied_steps + plugin.skipped_steps == 60
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize(("optimizer", "settings"), OPTIMIZERS)
+def test_skipped_steps_leave_weights_as_if_never_seen_on_cuda(precision, optimizer, settings):
+    run = {"accelerator": "cuda", "gradient_clip_val": 0.5}
+    scale = 256.0 if precision == "fp16" else None
+    model, reference = (
+        Regression(factors=factors, optimizer=optimizer, **settings) for factors in (dict.fromkeys(BAD, INF), {})
+    )
+    plugin = MixedPrecision(precision, loss_scale=scale)
+    trainer(plugin, **run).fit(model, batches())
+    trainer(MixedPrecision(precision, loss_scale=scale), **run).fit(reference, batches_without(BAD))
+    assert (plugin.applied_steps, plugin.skipped_steps) == (5, 3)
+    assert all(torch.equal(p, q) for p, q in zip(weights(model), weights(reference), strict=True))
