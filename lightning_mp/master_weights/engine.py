@@ -68,6 +68,7 @@ class MasterWeights:
         self._steps: dict[int, MasterStep] = {}
         self._handles: list[RemovableHandle] = []
         self._reducer: FP32Reducer | None = None
+        self._has_16_bit_gradients = False
 
     @property
     def masters(self) -> Mapping[nn.Parameter, Master]:
@@ -179,9 +180,14 @@ class MasterWeights:
         return self._names[param]
 
     def begin_backward(self) -> None:
-        """Make room for the gradients of a backward; call it before each one under DDP."""
+        """Make room for the gradients of a backward; call it before each one.
+
+        Gradients that are there already will be added to, so 16-bit ones become FP32 here for good.
+        """
         if self._reducer is not None:
             self._reducer.begin_backward()
+        elif self._has_16_bit_gradients and any(param.grad is not None for param in self._masters):
+            self._set_grad_dtype(torch.float32)
 
     def finish_backward(self) -> None:
         """Put gradients that were reduced over ranks into ``param.grad``; the step does it otherwise."""
@@ -218,10 +224,12 @@ class MasterWeights:
         self._steps[id(optimizer)] = step
 
     def _set_grad_dtype(self, dtype: torch.dtype) -> None:
+        self._has_16_bit_gradients = dtype is not torch.float32
         for param in self._masters:
-            if param.grad is not None and param.grad.dtype is not dtype:
-                param.grad = None
+            grad, param.grad = param.grad, None
             param.grad_dtype = dtype
+            if grad is not None:
+                param.grad = grad.to(dtype)
 
 
 def _check_settings(mode: str, param_dtype: torch.dtype, bucket_numel: int) -> None:

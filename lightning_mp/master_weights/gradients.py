@@ -82,9 +82,13 @@ class Gradients:
                 f"The gradients' norm of order {norm_type} is {norm.item()}, so it cannot be clipped to {max_norm}. "
                 "Pass error_if_nonfinite=False to scale by it anyway."
             )
+        self.clip_with_norm_(params, max_norm, norm)
+        return norm
+
+    def clip_with_norm_(self, params: Iterable[nn.Parameter], max_norm: float, norm: Tensor) -> None:
+        """Clip as ``torch.nn.utils.clip_grads_with_norm_``: to ``max_norm``, given that the norm is ``norm``."""
         factor = (max_norm / (norm + _CLIP_EPS)).clamp(max=1.0)
         self._apply(params, lambda grad: grad.mul_(factor.to(grad.device)))
-        return norm
 
     def clip_value_(self, params: Iterable[nn.Parameter], clip_value: float) -> None:
         """Clip as ``torch.nn.utils.clip_grad_value_``, on FP32 values."""

@@ -1,7 +1,6 @@
 """``MixedPrecision``, the Precision plugin: it orders the hooks and leaves the numerics to the engines."""
 
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -11,11 +10,11 @@ from lightning.pytorch.utilities import GradClipAlgorithmType
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_mp.casting import autocast_region, is_autocast_cache_safe
 from lightning_mp.errors import LightningMPError, SettingValueError, UnsupportedError
-from lightning_mp.grad_scaler import LossScaler, Readback, gradient_amaxes
+from lightning_mp.grad_scaler import LossScaler
 from lightning_mp.hardware import bf16_support, default_device, resolve_auto
 from lightning_mp.loss_scale import DynamicLossScale, StaticLossScale
+from lightning_mp.master_weights import MasterWeights
 from lightning_mp.policy import PrecisionPolicy
 from lightning_mp.precision.checkpoint import (
     LEGACY_KEYS,
@@ -25,13 +24,16 @@ from lightning_mp.precision.checkpoint import (
     saved_precision,
 )
 from lightning_mp.precision.checks import check_optimizers, check_parameters, check_strategy
+from lightning_mp.precision.culprit import first_nonfinite_parameter
 from lightning_mp.precision.dispatch import call_hooks, is_module_hook_overridden
 from lightning_mp.precision.manifest import ManifestRow, build_manifest
+from lightning_mp.precision.masters import attach_masters, check_averaging, new_masters
 from lightning_mp.precision.notices import notice, notice_once
-from lightning_mp.precision.region import TrainStepRegion
-from lightning_mp.precision.schedulers import SchedulerHold
+from lightning_mp.precision.ranks import compress_reduction, is_sharded
+from lightning_mp.precision.region import StepRegions
+from lightning_mp.precision.schedulers import SchedulerHold, hold_schedulers
 from lightning_mp.precision.stepping import OptimizerStepper
-from lightning_mp.precision.steps import Attempt, StepLedger, StepReport
+from lightning_mp.precision.steps import Attempt, StepLedger
 
 __all__ = ["MixedPrecision", "ModulePin"]
 
@@ -45,8 +47,11 @@ class ModulePin(Protocol):
     def undo_(self) -> None:
         """Leave the module as it was before ``apply_``."""
 
+    def parameters(self) -> Iterable[nn.Parameter]:
+        """Return the parameters that stay in FP32."""
 
-class MixedPrecision(FSDPPrecision):
+
+class MixedPrecision(StepRegions, FSDPPrecision):  # type: ignore[misc]  # Lightning types its contexts as generators
     """Train in mixed precision: ``Trainer(plugins=[MixedPrecision("bf16")])``.
 
     All arguments take plain types, so that a LightningCLI YAML file can set them.
@@ -57,7 +62,8 @@ class MixedPrecision(FSDPPrecision):
         loss_scale: ``None`` (dynamic for FP16, none otherwise), ``"dynamic"``, a number (static), a
             rule, or a dict of the rule's fields.
         master_weights: Where the FP32 values live that the optimizer updates. ``"params"``: in the
-            parameters themselves.
+            parameters themselves. ``"copy"``: in an FP32 copy beside 16-bit parameters. ``"split"``:
+            in BF16 parameters and 16 further bits, exactly. ``"none"``: nowhere.
         fp8: Settings of the FP8 path; only with ``precision="fp8"``.
         reduce_dtype: Dtype in which DDP reduces gradients: ``"fp32"``, ``"bf16"`` or ``"fp16"``.
         on_nonfinite: What happens to a step with Inf or NaN gradients, in any precision: ``"skip"``,
@@ -109,35 +115,12 @@ class MixedPrecision(FSDPPrecision):
         self._held_states: list[list[int]] = []
         self._pins: list[ModulePin] = []
         self._applied_pins: list[ModulePin] = []
+        self._masters: MasterWeights | None = None
         self.scaler: LossScaler | None = None  # type: ignore[assignment]
         self._ledger = StepLedger(None, asked.on_nonfinite)
         self._resolve(torch.device(asked.device) if asked.device else default_device())
 
     # --- What users read -------------------------------------------------------------------------
-
-    @property
-    def last_step(self) -> StepReport | None:
-        """The latest optimizer step that had gradients; reading it waits for the device."""
-        self.settle()
-        return self._ledger.last_step
-
-    @property
-    def applied_steps(self) -> int:
-        """Optimizer steps whose update was applied."""
-        self.settle()
-        return self._ledger.applied_steps
-
-    @property
-    def skipped_steps(self) -> int:
-        """Optimizer steps that were left out because of Inf or NaN gradients."""
-        self.settle()
-        return self._ledger.skipped_steps
-
-    @property
-    def consecutive_skips(self) -> int:
-        """Skipped steps in a row up to now."""
-        self.settle()
-        return self._ledger.consecutive_skips
 
     def manifest(self) -> list[ManifestRow]:
         """Return which module computes in what, as of now, one frozen row per module with parameters.
@@ -152,31 +135,10 @@ class MixedPrecision(FSDPPrecision):
     def fp32_state_dict(self, module: nn.Module) -> dict[str, Any]:
         """Return ``module.state_dict()`` with floating-point weights in full precision."""
         self.settle()
+        if self._masters is not None:
+            return self._masters.fp32_state_dict(module)
         state: dict[str, Any] = module.state_dict()
         return state
-
-    def settle(self) -> None:
-        """Wait for the outcome of the latest step, count it, and let held schedulers advance.
-
-        Raises:
-            OverflowFoundError: If ``on_nonfinite="raise"`` and that step was non-finite.
-            LossScaleError: If the loss scale has been at its floor for too long.
-        """
-        if self._ledger.pending is not None:
-            self._ledger.settle()
-
-    def add_step_listener(self, listener: Callable[[StepReport], str | None]) -> None:
-        """Call ``listener`` with the report of each settled step, in order, on every rank.
-
-        It runs before the update that follows. What it returns, if anything, names the culprit in
-        the message of an error that this step raises.
-        """
-        self._ledger.listeners.append(listener)
-
-    def remove_step_listener(self, listener: Callable[[StepReport], str | None]) -> None:
-        """Stop calling ``listener``; nothing happens if it is not known."""
-        if listener in self._ledger.listeners:
-            self._ledger.listeners.remove(listener)
 
     def register_pin(self, pin: ModulePin) -> None:
         """Apply ``pin`` whenever a model is set up, and undo it at teardown. Registering twice is once."""
@@ -203,7 +165,7 @@ class MixedPrecision(FSDPPrecision):
             self.scaler = LossScaler(rule, device.type)
         self._ledger.rule = self.scaler.rule if self.scaler is not None else None
         self._stepper = OptimizerStepper(self.scaler, self._ledger, on_nonfinite=policy.on_nonfinite)
-        self._region: TrainStepRegion | None = None
+        self._region = None
 
     def convert_module(self, module: nn.Module) -> nn.Module:
         trainer = getattr(module, "_trainer", None)
@@ -216,7 +178,17 @@ class MixedPrecision(FSDPPrecision):
         for pin in self._pins:
             pin.apply_(module)
             self._applied_pins.append(pin)
+        self._convert_to_masters(module, trainer)
         return module
+
+    def _convert_to_masters(self, module: nn.Module, trainer: Any) -> None:
+        if self.policy.master_weights == "params":
+            return
+        if trainer is not None:
+            check_averaging(trainer.callbacks, self.policy)
+        self._masters = self._masters or new_masters(self.policy)
+        if self._masters is not None:
+            self._masters.convert_(module, keep_fp32=[p for pin in self._applied_pins for p in pin.parameters()])
 
     def _check_device(self, device: torch.device) -> torch.device:
         if self._asked.device is not None and self._asked.device != device.type:
@@ -247,6 +219,8 @@ class MixedPrecision(FSDPPrecision):
         self, model: nn.Module, optimizers: list[Optimizer], lr_schedulers: list[Any]
     ) -> tuple[nn.Module, list[Optimizer], list[Any]]:
         trainer = getattr(self._module, "_trainer", None)
+        if self._masters is not None and not (optimizers and (trainer is None or trainer.state.fn == "fit")):
+            self._masters.attach([])
         # validate and test connect again, with the optimizers of an earlier fit.
         if optimizers and (trainer is None or trainer.state.fn == "fit"):
             self._release()
@@ -263,30 +237,35 @@ class MixedPrecision(FSDPPrecision):
             on_nonfinite=self.policy.on_nonfinite,
             is_manual=is_manual,
             optimizers=list(optimizers),
-            is_sharded=_is_sharded(model, optimizers),
+            is_sharded=is_sharded(model, optimizers),
             is_log_step=self._is_log_step,
         )
+        if self._masters is not None:
+            trainer = getattr(self._module, "_trainer", None)
+            attach_masters(self._masters, model, optimizers, trainer=trainer, policy=self.policy)
+            self._stepper.gradients = self._masters.gradients
         self._region = None
         self._ledger.on_settled = self._release_schedulers
         self._ledger.name_parameter = self._name_first_nonfinite
         self._handles = [o.register_state_dict_pre_hook(lambda _: self.settle()) for o in optimizers]
         if self.policy.hold_schedulers:
-            self._hold_schedulers(lr_schedulers, is_manual=is_manual)
+            self._holds = hold_schedulers(
+                lr_schedulers,
+                self._ledger,
+                is_manual=is_manual,
+                is_in_batch=lambda: self._stepper.is_in_batch,
+                settles_now=self._is_log_step,
+            )
         reduce_dtype = self.policy.reduce_torch_dtype
-        if reduce_dtype is not torch.float32 and isinstance(model, nn.parallel.DistributedDataParallel):
-            _compress_reduction(model, reduce_dtype)
+        if (
+            self._masters is None
+            and reduce_dtype is not torch.float32
+            and isinstance(model, nn.parallel.DistributedDataParallel)
+        ):
+            compress_reduction(model, reduce_dtype)
 
-    def _hold_schedulers(self, configs: list[Any], *, is_manual: bool) -> None:
-        for config in configs:
-            if is_manual:
-                hold = SchedulerHold(config.scheduler, self._ledger, is_active=lambda: self._stepper.is_in_batch)
-            elif config.interval == "step":
-                hold = SchedulerHold(
-                    config.scheduler, self._ledger, frequency=config.frequency, settles_now=self._is_log_step
-                )
-            else:
-                continue
-            self._holds.append(hold)
+    def _name_first_nonfinite(self, attempt: Attempt) -> str | None:
+        return None if self._module is None else first_nonfinite_parameter(self._module, attempt)
 
     def _release_schedulers(self, attempt: Attempt) -> None:
         for hold in self._holds:
@@ -315,59 +294,23 @@ class MixedPrecision(FSDPPrecision):
             notice(f"while the run was being interrupted: {error}")
         finally:
             self._release()
+            if self._masters is not None:
+                self._masters.detach()
             while self._applied_pins:
                 self._applied_pins.pop().undo_()
-
-    # --- Regions ---------------------------------------------------------------------------------
-
-    def forward_context(self) -> AbstractContextManager[Any]:
-        if self.policy.precision == "fp32":
-            return nullcontext()
-        return autocast_region(self._device.type, self.policy.compute_dtype, cache_weights=False)
-
-    def train_step_context(self) -> TrainStepRegion:  # type: ignore[override]
-        if self._region is None or self._stepper.is_in_batch:
-            self._region = self._new_region()
-        return self._region
-
-    def _new_region(self) -> TrainStepRegion:
-        autocast = None
-        if self.policy.precision != "fp32":
-            autocast = autocast_region(
-                self._device.type, self.policy.compute_dtype, cache_weights=is_autocast_cache_safe()
-            )
-        return TrainStepRegion(autocast, self._stepper.enter_batch, self._stepper.exit_batch)
-
-    def val_step_context(self) -> AbstractContextManager[Any]:  # type: ignore[override]
-        self.settle()
-        return self.forward_context()
-
-    def test_step_context(self) -> AbstractContextManager[Any]:  # type: ignore[override]
-        return self.forward_context()
-
-    def predict_step_context(self) -> AbstractContextManager[Any]:  # type: ignore[override]
-        return self.forward_context()
-
-    def convert_input(self, data: Any) -> Any:
-        return data
-
-    def convert_output(self, data: Any) -> Any:
-        return data
-
-    def tensor_init_context(self) -> AbstractContextManager[Any]:
-        return nullcontext()
-
-    def module_init_context(self) -> AbstractContextManager[Any]:
-        return nullcontext()
 
     # --- Backward and step -----------------------------------------------------------------------
 
     def pre_backward(self, tensor: Tensor, module: LightningModule) -> Tensor:  # type: ignore[override]
+        if self._masters is not None:
+            self._masters.begin_backward()
         tensor = self._stepper.before_backward(tensor)
         call_hooks(module.trainer, module, "on_before_backward", tensor)
         return tensor
 
     def post_backward(self, tensor: Tensor, module: LightningModule) -> Tensor:  # type: ignore[override]
+        if self._masters is not None:
+            self._masters.finish_backward()
         self._stepper.after_backward()
         call_hooks(module.trainer, module, "on_after_backward")
         return tensor.detach()
@@ -405,20 +348,11 @@ class MixedPrecision(FSDPPrecision):
     def clip_grad_by_norm(self, optimizer: Optimizer, clip_val: int | float) -> None:
         self._stepper.clip_by_norm(self._model, list(self.main_params(optimizer)), clip_val)
 
-    # --- Naming the culprit ----------------------------------------------------------------------
-
-    def _name_first_nonfinite(self, attempt: Attempt) -> str | None:
-        """Name the parameter whose gradient went non-finite first: the last one in registration order.
-
-        Backward runs from the loss to the inputs, so the layer next to the loss comes first.
-        """
-        params, amaxes = attempt.amaxes if attempt.amaxes is not None else gradient_amaxes(attempt.optimizer)
-        if not params or self._module is None:
-            return None
-        finite = [abs(a) < float("inf") for a in Readback.read(amaxes)]
-        bad = {id(p) for p, is_finite in zip(params, finite, strict=True) if not is_finite}
-        names = [n for n, p in self._module.named_parameters() if id(p) in bad]
-        return names[-1] if names else None
+    def clip_grad_by_value(self, optimizer: Optimizer, clip_val: int | float) -> None:
+        if self._masters is None:
+            Precision.clip_grad_by_value(self, optimizer, clip_val)
+        else:
+            self._masters.gradients.clip_value_(self.main_params(optimizer), clip_val)
 
     # --- Checkpoints -----------------------------------------------------------------------------
 
@@ -471,27 +405,9 @@ class MixedPrecision(FSDPPrecision):
 def _refuse_unfinished(policy: PrecisionPolicy) -> None:
     if policy.precision == "fp8":
         raise UnsupportedError("precision='fp8' is not in this release. Use MixedPrecision('bf16').")
-    if policy.master_weights != "params":
-        raise UnsupportedError(
-            f"master_weights={policy.master_weights!r} is not in this release. Use master_weights='params'."
-        )
 
 
 def _unwrap(optimizer: Any) -> Optimizer:
     """Return the optimizer behind a LightningOptimizer, which imitates its class."""
     inner: Optimizer = optimizer.__dict__.get("_optimizer", optimizer)
     return inner
-
-
-def _is_sharded(model: nn.Module, optimizers: list[Optimizer]) -> bool:
-    """Tell whether ranks hold different shards: FSDP, or parameters that are DTensors."""
-    if type(model).__name__ == "FullyShardedDataParallel":
-        return True
-    return any(hasattr(p, "to_local") for o in optimizers for group in o.param_groups for p in group["params"])
-
-
-def _compress_reduction(model: nn.parallel.DistributedDataParallel, dtype: torch.dtype) -> None:
-    from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
-
-    hook = default_hooks.bf16_compress_hook if dtype is torch.bfloat16 else default_hooks.fp16_compress_hook
-    model.register_comm_hook(None, hook)

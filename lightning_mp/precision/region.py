@@ -1,11 +1,18 @@
-"""The region a training step runs in."""
+"""The regions that steps run in."""
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from types import TracebackType
 from typing import Any
 
-__all__ = ["TrainStepRegion"]
+import torch
+
+from lightning_mp.casting import autocast_region, is_autocast_cache_safe
+from lightning_mp.policy import PrecisionPolicy
+from lightning_mp.precision.readings import StepReadings
+from lightning_mp.precision.stepping import OptimizerStepper
+
+__all__ = ["StepRegions", "TrainStepRegion"]
 
 
 class TrainStepRegion:
@@ -37,3 +44,52 @@ class TrainStepRegion:
         if self._autocast is not None:
             self._autocast.__exit__(kind, error, trace)
         self._on_exit(error is None)
+
+
+class StepRegions(StepReadings):
+    """The part of the plugin that Lightning enters around ``training_step`` and its like."""
+
+    policy: PrecisionPolicy
+    _device: torch.device
+    _stepper: OptimizerStepper
+    _region: TrainStepRegion | None
+
+    def forward_context(self) -> AbstractContextManager[Any]:
+        if self.policy.precision == "fp32":
+            return nullcontext()
+        return autocast_region(self._device.type, self.policy.compute_dtype, cache_weights=False)
+
+    def train_step_context(self) -> TrainStepRegion:
+        if self._region is None or self._stepper.is_in_batch:
+            self._region = self._new_region()
+        return self._region
+
+    def _new_region(self) -> TrainStepRegion:
+        autocast = None
+        if self.policy.precision != "fp32":
+            autocast = autocast_region(
+                self._device.type, self.policy.compute_dtype, cache_weights=is_autocast_cache_safe()
+            )
+        return TrainStepRegion(autocast, self._stepper.enter_batch, self._stepper.exit_batch)
+
+    def val_step_context(self) -> AbstractContextManager[Any]:
+        self.settle()
+        return self.forward_context()
+
+    def test_step_context(self) -> AbstractContextManager[Any]:
+        return self.forward_context()
+
+    def predict_step_context(self) -> AbstractContextManager[Any]:
+        return self.forward_context()
+
+    def convert_input(self, data: Any) -> Any:
+        return data
+
+    def convert_output(self, data: Any) -> Any:
+        return data
+
+    def tensor_init_context(self) -> AbstractContextManager[Any]:
+        return nullcontext()
+
+    def module_init_context(self) -> AbstractContextManager[Any]:
+        return nullcontext()

@@ -6,13 +6,13 @@ scheduler that an update was left out, so without this the learning rate runs ah
 """
 
 import copyreg
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from lightning_mp.errors import UnsupportedError
 from lightning_mp.precision.steps import Attempt, StepLedger
 
-__all__ = ["SchedulerHold"]
+__all__ = ["SchedulerHold", "hold_schedulers"]
 
 _HOLD = "_lightning_mp_hold"
 
@@ -144,6 +144,35 @@ class SchedulerHold:
         if key is not None:
             return self._ledger.latest.get(key)
         return max(self._ledger.latest.values(), key=lambda a: a.step, default=None)
+
+
+def hold_schedulers(
+    configs: Iterable[Any],
+    ledger: StepLedger,
+    *,
+    is_manual: bool,
+    is_in_batch: Callable[[], bool],
+    settles_now: Callable[[], bool],
+) -> list[SchedulerHold]:
+    """Hold the schedulers that follow optimizer steps.
+
+    Args:
+        configs: Lightning's scheduler configs.
+        ledger: Where outcomes are settled.
+        is_manual: Whether the user steps schedulers; any may follow steps then, within a batch.
+        is_in_batch: Whether ``training_step`` runs.
+        settles_now: Whether something is about to read the learning rate.
+    """
+    holds = []
+    for config in configs:
+        if is_manual:
+            hold = SchedulerHold(config.scheduler, ledger, is_active=is_in_batch)
+        elif config.interval == "step":
+            hold = SchedulerHold(config.scheduler, ledger, frequency=config.frequency, settles_now=settles_now)
+        else:
+            continue
+        holds.append(hold)
+    return holds
 
 
 class _Held:

@@ -17,6 +17,7 @@ from lightning_mp.grad_scaler import (
     step_unless,
     supports_skip_on_device,
 )
+from lightning_mp.master_weights import Gradients
 from lightning_mp.precision.checks import is_closure_repeating
 from lightning_mp.precision.repeats import step_with_repeats
 from lightning_mp.precision.steps import Attempt, StepLedger
@@ -52,6 +53,7 @@ class OptimizerStepper:
         self.ledger = ledger
         self.unscaler = GradientUnscaler(scaler, is_manual=is_manual, is_sharded=is_sharded)
         self.is_in_batch = False
+        self.gradients: Gradients | None = None  # reads and clips those of 16-bit parameters
         self._on_nonfinite = on_nonfinite
         self._is_manual = is_manual
         self._optimizers = optimizers or []
@@ -215,6 +217,9 @@ class OptimizerStepper:
         elif any(hasattr(p, "to_local") for p in params):
             norm = nn.utils.clip_grad_norm_(params, clip_val)
             norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        elif self.gradients is not None:
+            norm = self.gradients.norm(params)
+            self.gradients.clip_with_norm_(params, clip_val, self._harmless(norm))
         else:
             norm = nn.utils.get_total_norm([p.grad for p in params if p.grad is not None])
             nn.utils.clip_grads_with_norm_(params, clip_val, self._harmless(norm))

@@ -190,3 +190,19 @@ def test_a_weight_written_between_steps_is_updated_from_its_new_value(mode: str)
         net.first.weight.grad = torch.full((32, 16), 2.0**-20)
         optimizer.step()
     assert torch.equal(masters.value_of(net.first.weight), torch.full((32, 16), -(2.0**-20)))
+
+
+def test_a_second_backward_makes_16_bit_gradients_fp32_without_being_announced() -> None:
+    # As when a callback raises accumulate_grad_batches in mid-run.
+    results = []
+    for accumulates in (True, False):
+        net = Net()
+        masters = MasterWeights("split")
+        masters.convert_(net)
+        masters.attach([torch.optim.SGD(net.parameters(), lr=0.1)], accumulates=accumulates)
+        for seed in range(MICRO_BATCHES):
+            masters.begin_backward()
+            loss_of(net, seed).backward()
+        results.append(net.first.weight.grad)
+    assert torch.equal(*results)
+    assert results[1].dtype is torch.float32

@@ -1,0 +1,81 @@
+"""Which master weights a Trainer's settings ask for, and what they cannot be combined with."""
+
+from collections.abc import Iterable
+from typing import Any
+
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from lightning_utilities.core.rank_zero import rank_zero_warn
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+
+from lightning_mp.errors import UnsupportedError
+from lightning_mp.master_weights import MasterWeights
+from lightning_mp.policy import PrecisionPolicy
+from lightning_mp.precision.dispatch import is_module_hook_overridden
+
+__all__ = ["attach_masters", "check_averaging", "new_masters"]
+
+# By name: WeightAveraging and EMAWeightAveraging came with Lightning 2.6.
+_AVERAGING = ("WeightAveraging", "StochasticWeightAveraging")
+_said_none = False
+
+
+def new_masters(policy: PrecisionPolicy) -> MasterWeights | None:
+    """Return the engine that the policy asks for; ``None`` where the parameters are the masters."""
+    if policy.master_weights == "params":
+        return None
+    _warn_about_none(policy)
+    return MasterWeights(policy.master_weights, param_dtype=policy.compute_dtype)  # type: ignore[arg-type]
+
+
+def _warn_about_none(policy: PrecisionPolicy) -> None:
+    global _said_none
+    if policy.master_weights == "none" and not _said_none:
+        _said_none = True
+        rank_zero_warn(
+            f"master_weights='none': the optimizer updates {policy.precision.upper()} weights directly, so updates "
+            "below half a unit in the last place are lost. master_weights='split' keeps them at 2 bytes per parameter."
+        )
+
+
+def check_averaging(callbacks: Iterable[Any], policy: PrecisionPolicy) -> None:
+    """Refuse callbacks that would average 16-bit weights.
+
+    They read ``module.parameters()``, which hold rounded values, and write averages back through them.
+
+    Raises:
+        UnsupportedError: If the weights are 16-bit and a callback averages them.
+    """
+    for callback in callbacks:
+        if {base.__name__ for base in type(callback).__mro__} & set(_AVERAGING):
+            raise UnsupportedError(
+                f"master_weights={policy.master_weights!r} with {type(callback).__name__}: the callback would average "
+                f"the {policy.precision.upper()} weights of the module, not their FP32 masters. Use "
+                "master_weights='params', whose averages are FP32, or remove the callback."
+            )
+
+
+def attach_masters(
+    masters: MasterWeights, model: nn.Module, optimizers: list[Optimizer], *, trainer: Any, policy: PrecisionPolicy
+) -> None:
+    """Attach the optimizers of a fit, on one device or under DDP."""
+    masters.attach(
+        optimizers,
+        accumulates=_needs_fp32_gradients(trainer),
+        ddp=model if isinstance(model, DistributedDataParallel) else None,
+        reduce_dtype=policy.reduce_torch_dtype,
+    )
+
+
+def _needs_fp32_gradients(trainer: Any) -> bool:
+    """Tell whether several backwards feed a step, or user code may change gradients after a clip."""
+    if trainer is None or trainer.accumulate_grad_batches != 1:
+        return True
+    module = trainer.lightning_module
+    return (
+        not module.automatic_optimization
+        or is_module_hook_overridden(module, "configure_gradient_clipping")
+        or is_module_hook_overridden(module, "optimizer_step")
+        or any(isinstance(callback, GradientAccumulationScheduler) for callback in trainer.callbacks)
+    )
