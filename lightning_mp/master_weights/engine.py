@@ -17,7 +17,7 @@ from lightning_mp.master_weights.ddp import FP32Reducer
 from lightning_mp.master_weights.gradients import Gradients
 from lightning_mp.master_weights.masters import CopyMaster, Master, NoMaster, SplitMaster
 from lightning_mp.master_weights.optimizers import check_optimizer, upcast_state_
-from lightning_mp.master_weights.plan import params_to_cast
+from lightning_mp.master_weights.plan import params_to_cast, widen_norms_
 from lightning_mp.master_weights.split import flat_view
 from lightning_mp.master_weights.stepping import MasterStep
 
@@ -84,8 +84,8 @@ class MasterWeights:
         """Take masters of the parameters of ``module`` and cast those to ``param_dtype``, in place.
 
         Parameters keep their identity, tied ones are taken once, and a parameter that arrives in 16
-        bits gets that value as its master. Called on a converted module, it starts over from the
-        masters' values.
+        bits gets that value as its master; a normalization layer that does becomes FP32. Called on a
+        converted module, it starts over from the masters' values.
 
         Args:
             module: The root; its ``state_dict`` and ``load_state_dict`` speak FP32 from now on.
@@ -98,6 +98,7 @@ class MasterWeights:
         if self._masters:
             self.detach()
             found = params_to_cast(module, keep_fp32=keep_fp32)
+        widen_norms_(module)
         self._names = found
         self._masters = {param: _KINDS[self.mode](param, self.param_dtype) for param in found}
         _flatten_rnn_weights(module)

@@ -9,13 +9,15 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import is_lazy
 
 from lightning_mp.errors import UnsupportedError
+from lightning_mp.master_weights.masters import cast_param_
 
-__all__ = ["is_normalization", "params_to_cast"]
+__all__ = ["is_normalization", "params_to_cast", "widen_norms_"]
 
 _NORMS: tuple[type[nn.Module], ...] = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 # LlamaRMSNorm, T5LayerNorm, ConvNextLayerNorm2d, LayerScaleNorm: libraries write their own.
 _NORM_NAME = re.compile(r"norm(\dd)?$", re.IGNORECASE)
-_CAST_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_HALF = (torch.float16, torch.bfloat16)
+_CAST_DTYPES = (torch.float32, *_HALF)
 
 
 def is_normalization(module: nn.Module) -> bool:
@@ -68,6 +70,22 @@ def params_to_cast(
             )
         found[param] = name
     return found
+
+
+def widen_norms_(module: nn.Module) -> None:
+    """Make normalization layers that arrive in 16 bits FP32, running statistics included, in place.
+
+    They compute in FP32 in every mode, and torch refuses 16-bit statistics beside FP32 weights.
+    """
+    for child in module.modules():
+        if not is_normalization(child):
+            continue
+        for param in child.parameters(recurse=False):
+            if param.dtype in _HALF:
+                cast_param_(param, torch.float32)
+        for buffer in child.buffers(recurse=False):
+            if buffer.dtype in _HALF:
+                buffer.data = buffer.data.to(torch.float32)
 
 
 def _kept_params(module: nn.Module, keep_fp32: Collection[nn.Parameter | nn.Module]) -> Iterator[nn.Parameter]:
