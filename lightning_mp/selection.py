@@ -2,15 +2,18 @@
 
 import difflib
 import fnmatch
+import re
 from collections.abc import Iterable, Iterator
 from typing import TypeAlias
 
 from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.parameter import is_lazy
 
 from lightning_mp.errors import SettingTypeError, UnmatchedPatternError
 
-__all__ = ["Selector", "clean_fqn", "named_inner_modules", "select_modules"]
+__all__ = ["Selector", "clean_fqn", "is_normalization", "named_inner_modules", "select_modules"]
 
 Selector: TypeAlias = str | type[nn.Module]
 
@@ -19,6 +22,10 @@ _WRAPPER_COMPONENTS = frozenset({"_orig_mod", "_checkpoint_wrapped_module", "_fs
 # These put it under ``module``, a name that a user's own module may have too.
 _MODULE_WRAPPERS = (DistributedDataParallel, nn.DataParallel)
 _MAX_NEAREST = 3
+
+_NORMS: tuple[type[nn.Module], ...] = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
+# LlamaRMSNorm, T5LayerNorm, ConvNextLayerNorm2d, LayerScaleNorm: libraries write their own.
+_NORM_NAME = re.compile(r"norm(\dd)?$", re.IGNORECASE)
 
 
 def clean_fqn(name: str, model: nn.Module | None = None) -> str:
@@ -155,3 +162,24 @@ def _nearest(wanted: str, candidates: list[str]) -> list[str]:
     # cutoff=0: however far, the nearest names show what names look like in this model.
     similar = difflib.get_close_matches(wanted, candidates, n=_MAX_NEAREST, cutoff=0.0)
     return list(dict.fromkeys([*ending, *similar]))[:_MAX_NEAREST]
+
+
+def is_normalization(module: nn.Module) -> bool:
+    """Tell whether ``module`` is a normalization layer, of torch or of a library that names it so.
+
+    A class outside torch counts when its name ends in "Norm", with "1d" to "3d" perhaps, and none of
+    its own parameters has more than one dimension that is not 1.
+
+    Example:
+        >>> is_normalization(nn.BatchNorm2d(4)), is_normalization(nn.Linear(4, 4))
+        (True, False)
+    """
+    if isinstance(module, _NORMS):
+        return True
+    if _NORM_NAME.search(type(module).__name__) is None:
+        return False
+    return all(_is_per_channel(param) for param in module.parameters(recurse=False))
+
+
+def _is_per_channel(param: nn.Parameter) -> bool:
+    return not is_lazy(param) and sum(size != 1 for size in param.shape) <= 1

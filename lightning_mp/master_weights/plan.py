@@ -1,40 +1,19 @@
 """Which parameters of a module are cast to 16 bits, and which stay as they are."""
 
-import re
 from collections.abc import Collection, Iterator
 
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import is_lazy
 
 from lightning_mp.errors import UnsupportedError
 from lightning_mp.master_weights.masters import cast_param_
+from lightning_mp.selection import is_normalization
 
-__all__ = ["is_normalization", "params_to_cast", "widen_norms_"]
+__all__ = ["params_to_cast", "widen_norms_"]
 
-_NORMS: tuple[type[nn.Module], ...] = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
-# LlamaRMSNorm, T5LayerNorm, ConvNextLayerNorm2d, LayerScaleNorm: libraries write their own.
-_NORM_NAME = re.compile(r"norm(\dd)?$", re.IGNORECASE)
 _HALF = (torch.float16, torch.bfloat16)
 _CAST_DTYPES = (torch.float32, *_HALF)
-
-
-def is_normalization(module: nn.Module) -> bool:
-    """Tell whether ``module`` is a normalization layer, of torch or of a library that names it so.
-
-    A class outside torch counts when its name ends in "Norm", with "1d" to "3d" perhaps, and none of
-    its own parameters has more than one dimension that is not 1.
-
-    Example:
-        >>> is_normalization(nn.BatchNorm2d(4)), is_normalization(nn.Linear(4, 4))
-        (True, False)
-    """
-    if isinstance(module, _NORMS):
-        return True
-    if _NORM_NAME.search(type(module).__name__) is None:
-        return False
-    return all(_is_per_channel(param) for param in module.parameters(recurse=False))
 
 
 def params_to_cast(
@@ -97,10 +76,6 @@ def _kept_params(module: nn.Module, keep_fp32: Collection[nn.Parameter | nn.Modu
     for child in module.modules():
         if is_normalization(child):
             yield from child.parameters(recurse=False)
-
-
-def _is_per_channel(param: nn.Parameter) -> bool:
-    return not is_lazy(param) and sum(size != 1 for size in param.shape) <= 1
 
 
 def _is_subclass(param: nn.Parameter) -> bool:

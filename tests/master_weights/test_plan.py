@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 from lightning_mp.errors import UnsupportedError
-from lightning_mp.master_weights import is_normalization, params_to_cast
+from lightning_mp.master_weights import params_to_cast
+from lightning_mp.selection import is_normalization
 
 
 class LlamaRMSNorm(nn.Module):
