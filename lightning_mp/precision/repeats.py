@@ -6,10 +6,43 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_mp.errors import UnsupportedError
 from lightning_mp.grad_scaler import GradientUnscaler
 from lightning_mp.precision.steps import StepLedger
 
-__all__ = ["step_with_repeats"]
+__all__ = ["EvaluatedClosure", "step_with_repeats"]
+
+
+class EvaluatedClosure:
+    """The closure of a step whose gradients were computed and checked before it: it only gives the loss.
+
+    Args:
+        result: What the evaluation returned.
+        optimizer: Who is about to step, for the message.
+    """
+
+    __slots__ = ("_is_used", "_optimizer", "_result")
+
+    def __init__(self, result: Any, optimizer: Optimizer) -> None:
+        self._result = result
+        self._optimizer = optimizer
+        self._is_used = False
+
+    def __call__(self) -> Any:
+        """Return the result.
+
+        Raises:
+            UnsupportedError: If the optimizer asks for a second evaluation.
+        """
+        if self._is_used:
+            name = type(self._optimizer).__name__
+            raise UnsupportedError(
+                f"{name}.step evaluates its closure several times, and its signature says that it needs none "
+                f"(closure=None), so the gradients were checked once before the step. Declare the closure as required: "
+                f"class Repeating({name}): def step(self, closure): return super().step(closure)."
+            )
+        self._is_used = True
+        return self._result
 
 
 class _NonFiniteClosure(Exception):  # noqa: N818

@@ -19,7 +19,7 @@ from lightning_mp.grad_scaler import (
 )
 from lightning_mp.master_weights import Gradients
 from lightning_mp.precision.checks import is_closure_repeating
-from lightning_mp.precision.repeats import step_with_repeats
+from lightning_mp.precision.repeats import EvaluatedClosure, step_with_repeats
 from lightning_mp.precision.steps import Attempt, StepLedger
 
 __all__ = ["OptimizerStepper"]
@@ -148,7 +148,7 @@ class OptimizerStepper:
         if skip_flag is None:
             return self._apply(optimizer, result, kwargs)
         if self.scaler is None:
-            kwargs = {**kwargs, "closure": lambda: result}
+            kwargs = {**kwargs, "closure": EvaluatedClosure(result, optimizer)}
         return step_unless(skip_flag, optimizer, kwargs)
 
     def _skip_flag(self, found_inf: Tensor, loss: Tensor | None) -> Tensor | None:
@@ -162,7 +162,7 @@ class OptimizerStepper:
     def _apply(self, optimizer: Optimizer, result: Any, kwargs: dict[str, Any]) -> Any:
         if self.scaler is not None:
             return optimizer.step(**kwargs)
-        return optimizer.step(closure=lambda: result, **kwargs)
+        return optimizer.step(closure=EvaluatedClosure(result, optimizer), **kwargs)
 
     def _finish(self, attempt: Attempt, found_inf: Tensor) -> None:
         self._attempt = None

@@ -325,6 +325,38 @@ def test_lbfgs_is_refused_in_fp16_at_setup():
         trainer(MixedPrecision("fp16")).fit(Regression(optimizer=torch.optim.LBFGS), batches())
 
 
+class TwiceSGD(torch.optim.SGD):
+    """Evaluates its closure twice, like sharpness-aware minimization, and says that it needs none."""
+
+    def step(self, closure=None):
+        for weight in (-0.5, 1.0):
+            with torch.enable_grad():
+                closure()
+            with torch.no_grad():
+                for param in self.param_groups[0]["params"]:
+                    param.sub_(param.grad, alpha=weight * self.param_groups[0]["lr"])
+
+
+class DeclaredTwiceSGD(TwiceSGD):
+    def step(self, closure):
+        return super().step(closure)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_optimizer_that_repeats_an_optional_closure_is_refused_rather_than_fed_old_gradients(precision):
+    run = trainer(MixedPrecision(precision))
+    with pytest.raises(UnsupportedError, match=r"class Repeating\(TwiceSGD\): def step\(self, closure\)"):
+        run.fit(Regression(optimizer=TwiceSGD), batches())
+
+
+def test_optimizer_that_declares_its_repeated_closure_trains_as_without_the_plugin():
+    ours, lightnings = Regression(optimizer=DeclaredTwiceSGD), Regression(optimizer=TwiceSGD)
+    trainer(MixedPrecision("fp32")).fit(ours, batches())
+    trainer(None).fit(lightnings, batches())
+    for mine, theirs in zip(weights(ours), weights(lightnings), strict=True):
+        assert torch.equal(mine, theirs)
+
+
 def test_listeners_see_every_settled_step_in_order_and_can_leave():
     seen = []
     plugin = MixedPrecision("bf16")
