@@ -1,6 +1,7 @@
 """Mixed-precision training for PyTorch Lightning: fast, small and visible."""
 
 from lightning_mp.__about__ import __version__
+from lightning_mp.callbacks import LossScaleMonitor
 from lightning_mp.errors import (
     FP8UnavailableError,
     LightningMPError,
@@ -17,6 +18,7 @@ __all__ = [
     "FP8UnavailableError",
     "LightningMPError",
     "LossScaleError",
+    "LossScaleMonitor",
     "MixedPrecision",
     "OverflowFoundError",
     "StaticLossScale",

@@ -1,3 +1,5 @@
 """Callbacks: they read and log, and never steer the numerics."""
 
-__all__: list[str] = []
+from lightning_mp.callbacks.loss_scale_monitor import LossScaleMonitor
+
+__all__ = ["LossScaleMonitor"]

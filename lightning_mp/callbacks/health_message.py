@@ -1,0 +1,80 @@
+"""The advice that goes with an unhealthy loss scale."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from lightning_mp.metrics.health import (
+    COLLAPSE_ATTEMPTS,
+    Health,
+    ScaleLimits,
+    ScaleRecord,
+    largest_fall,
+)
+
+__all__ = ["describe_health", "find_first_overflow"]
+
+
+def find_first_overflow(callbacks: Iterable[Any], *, since: int) -> str | None:
+    """Return the name that ``OverflowMonitor`` found for the first overflow at ``since`` or later."""
+    for callback in callbacks:
+        if type(callback).__name__ == "OverflowMonitor":
+            named = (e.fqn for e in callback.events if e.step >= since and not e.calibrating)
+            return next(named, None)
+    return None
+
+
+def describe_health(
+    health: Health, records: Sequence[ScaleRecord], limits: ScaleLimits, *, culprit: str | None = None
+) -> str:
+    """Return what was seen and what to try, in one line.
+
+    Args:
+        health: What ``judge_health`` found.
+        records: The last 100 attempts.
+        limits: Between what the scale moves.
+        culprit: Full dotted name of the module or parameter that overflowed first, where known.
+    """
+    where = f"first overflow in {culprit}" if culprit else "add OverflowMonitor() to name the module that overflows"
+    pin = f"pin it with FP32Pin(modules=[{culprit!r}])" if culprit else "pin that module with FP32Pin(modules=[...])"
+    if health == "collapsing":
+        recent = records[-COLLAPSE_ATTEMPTS:]
+        fall = largest_fall(recent)
+        return (
+            f"collapsing: {_overflows(recent)} overflowed and the scale fell from {fall.highest:g} to {fall.lowest:g}; "
+            f"{where}; try BF16, or {pin}"
+        )
+    if health == "stuck" and records[-1].loss_scale >= limits.max_scale:
+        return (
+            f"stuck: the scale is at its cap, max_scale={limits.max_scale:g}, because no step overflows; check that "
+            "the loss is connected to the parameters and that gradients are not zero (GradientRangeMonitor shows "
+            "them), or set a static loss_scale"
+        )
+    if health == "stuck":
+        return (
+            f"stuck: the scale is at its floor, min_scale={limits.min_scale:g}, and {_overflows(records)} overflowed; "
+            f"{where}; a non-finite loss cannot be scaled away: check the data, try BF16, or {pin}"
+        )
+    if health == "thrashing" and limits.is_dynamic:
+        return (
+            f"thrashing: {_skips(records)} were skipped and the scale moves between {_lowest(records):g} and "
+            f"{max(r.loss_scale for r in records):g}; {where}; try a larger growth_interval, a lower learning rate, "
+            f"BF16, or {pin}"
+        )
+    if health == "thrashing":
+        return (
+            f"thrashing: {_skips(records)} were skipped for Inf or NaN gradients, which no scale explains; {where}; "
+            "check the data and the learning rate"
+        )
+    return health
+
+
+def _lowest(records: Sequence[ScaleRecord]) -> float:
+    return min(record.loss_scale for record in records)
+
+
+def _overflows(records: Sequence[ScaleRecord]) -> str:
+    return f"{sum(record.found_inf for record in records)} of the last {len(records)} steps"
+
+
+def _skips(records: Sequence[ScaleRecord]) -> str:
+    return f"{sum(record.skipped for record in records)} of the last {len(records)} steps"
