@@ -1,0 +1,377 @@
+"""The engine behind FP32Pin: pin a model in place, watch its first batches, and undo it."""
+
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import CodeType
+from typing import Any, get_args
+
+import torch
+from torch import nn
+
+from lightning_mp.errors import SettingTypeError, SettingValueError, UnsupportedError
+from lightning_mp.pinning.functions import (
+    NARROW_DTYPES,
+    OutputRule,
+    PinKind,
+    function_rules,
+    kind_of_module,
+    names_of,
+)
+from lightning_mp.pinning.mode import FunctionPins, call_with
+from lightning_mp.pinning.scan import mentions_any
+from lightning_mp.pinning.swap import InFP32, Role, Swaps, WithFunctions, WithoutFunctions, original_class, role_of
+from lightning_mp.pinning.watch import Observation, PinnedCall, watch_batch
+from lightning_mp.selection import Selector, clean_fqn, select_modules
+
+__all__ = ["PinReport", "PinSpec", "PinnedModule", "Pins"]
+
+# Their inference fast paths compute norm and softmax in one kernel that no module of theirs sees; with
+# a function mode on, torch takes the path that calls their submodules.
+_HAS_FAST_PATH = (nn.MultiheadAttention, nn.TransformerEncoder, nn.TransformerEncoderLayer)
+
+
+@dataclass(frozen=True)
+class PinSpec:
+    """What to keep in FP32.
+
+    Args:
+        pins: Kinds of functions and of torch.nn modules.
+        modules: Further modules, by class or by ``fnmatch`` pattern over the full dotted name, with
+            everything inside them.
+        output: ``"float32"`` returns FP32; ``"input"`` the dtype of the input. A loss is always FP32.
+
+    Raises:
+        SettingValueError: If a kind or the output rule is unknown, or nothing is named.
+        SettingTypeError: If ``pins`` is not a collection of names.
+    """
+
+    pins: tuple[PinKind, ...] = get_args(PinKind)
+    modules: tuple[Selector, ...] = ()
+    output: OutputRule = "float32"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "pins", _as_tuple(self.pins, "pins"))
+        object.__setattr__(self, "modules", _as_tuple(self.modules, "modules"))
+        for kind in self.pins:
+            _check_choice("pins", kind, get_args(PinKind))
+        _check_choice("output", self.output, get_args(OutputRule))
+        if not self.pins and not self.modules:
+            raise SettingValueError("pins=() and modules=() name nothing to pin. Name some, or remove FP32Pin.")
+
+
+def _as_tuple(value: Any, name: str) -> tuple[Any, ...]:
+    if isinstance(value, (str, type)):
+        return (value,)
+    if not isinstance(value, Iterable):
+        raise SettingTypeError(f"{name}={value!r} is a {type(value).__name__}. Pass a tuple or list.")
+    return tuple(value)
+
+
+def _check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise SettingValueError(f"{name}: {value!r} is not known. Use {', '.join(map(repr, allowed))}.")
+
+
+@dataclass(frozen=True)
+class PinnedModule:
+    """A module that computes in FP32 and keeps its parameters in FP32."""
+
+    fqn: str
+    module: nn.Module
+    kind: PinKind | None
+    role: InFP32
+
+
+@dataclass(frozen=True)
+class PinReport:
+    """What was pinned and what ran in the first batch of one step.
+
+    Args:
+        step: Name of the step, such as ``"training_step"``.
+        modules: Class names of the pinned modules by full dotted name.
+        callers: Names of the modules and steps whose own calls of functions are pinned.
+        calls: Pinned functions that ran, with how often.
+        not_reached: Pinned modules that the batch did not run.
+        without_match: Kinds of which the model has no module and ran no function.
+        below_fp32: What computed in 16 bits despite the pin.
+        fused_attention: Callers of ``scaled_dot_product_attention``, whose softmax is not pinned.
+    """
+
+    step: str
+    modules: Mapping[str, str]
+    callers: tuple[str, ...]
+    calls: Mapping[PinnedCall, int]
+    not_reached: tuple[str, ...]
+    without_match: tuple[PinKind, ...]
+    below_fp32: tuple[PinnedCall, ...]
+    fused_attention: tuple[str, ...]
+
+
+class Pins:
+    """Keep softmax, norms, losses and chosen modules of one model in FP32.
+
+    Modules get a ``forward`` that casts their inputs to FP32 and leaves autocast. Functions are pinned
+    by a function mode that is entered in the ``forward`` of the modules that call them, so that the
+    recomputation of activation checkpointing is pinned too. Which modules those are is read from
+    their code and seen in the first batch of each step, which runs eagerly under a watch.
+
+    Args:
+        specs: What to pin; where two disagree about the output, the first decides.
+        steps: Names of methods that are called from outside like a ``forward``, such as
+            ``"training_step"``. The model may lack some.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4))
+        >>> pins = Pins(PinSpec(pins=("norm",)))
+        >>> pins.apply_(model)
+        >>> with torch.autocast("cpu", torch.bfloat16):
+        ...     model(torch.ones(1, 4)).dtype
+        torch.float32
+        >>> pins.undo_()
+        >>> type(model[1]) is nn.LayerNorm
+        True
+    """
+
+    def __init__(self, *specs: PinSpec, steps: Iterable[str] = ()) -> None:
+        outputs: dict[PinKind, OutputRule] = {}
+        for spec in specs:
+            for kind in spec.pins:
+                outputs.setdefault(kind, spec.output)
+        self._specs = specs
+        self._outputs = outputs
+        self._rules = function_rules(outputs)
+        self._function_names = frozenset(name for kind in outputs for name in names_of(kind))
+        self._step_names = tuple(steps)
+        self._root: nn.Module | None = None
+        self._clear()
+
+    def _clear(self) -> None:
+        self._mode = FunctionPins(self._rules)
+        self._swaps = Swaps()
+        self._withheld: list[tuple[torch.Tensor, torch.dtype]] = []
+        self._scans: dict[tuple[type, str, frozenset[str]], bool] = {}
+        self._modules: dict[str, nn.Module] = {}
+        self._pinned: dict[str, PinnedModule] = {}
+        self._pinned_steps: set[str] = set()
+        self._own_steps: dict[str, Any] = {}
+        self.observations: dict[str, Observation] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Pickle what was asked for, not what is applied to a model of this process."""
+        return {"specs": self._specs, "steps": self._step_names}
+
+    def __setstate__(self, state: Mapping[str, Any]) -> None:
+        self.__init__(*state["specs"], steps=state["steps"])  # type: ignore[misc]
+
+    # --- What is pinned --------------------------------------------------------------------------
+
+    @property
+    def modules(self) -> dict[str, PinnedModule]:
+        """The pinned modules by full dotted name."""
+        return dict(self._pinned)
+
+    @property
+    def callers(self) -> list[str]:
+        """Names of the modules and steps in which pinned functions are looked for."""
+        found = [fqn for fqn, module in self._modules.items() if isinstance(role_of(module), WithFunctions)]
+        return [*sorted(self._pinned_steps), *found]
+
+    def report(self, step: str) -> PinReport:
+        """Return what is pinned and what was seen in the first batch of ``step``."""
+        seen = self.observations[step]
+        names = {call.name for call in seen.calls}
+        kinds = {pinned.kind for pinned in self._pinned.values()}
+        return PinReport(
+            step=step,
+            modules={fqn: type(pinned.module).__name__ for fqn, pinned in self._pinned.items()},
+            callers=tuple(self.callers),
+            calls=dict(seen.calls),
+            not_reached=tuple(fqn for fqn in self._pinned if fqn not in seen.reached),
+            without_match=tuple(k for k in self._outputs if k not in kinds and names.isdisjoint(names_of(k))),
+            below_fp32=tuple(seen.below_fp32),
+            fused_attention=tuple(sorted(seen.fused_attention)),
+        )
+
+    def parameters(self) -> list[nn.Parameter]:
+        """Return the parameters that stay in FP32, each once."""
+        own = (p for pinned in self._pinned.values() for p in pinned.module.parameters(recurse=False))
+        return list({id(p): p for p in own}.values())
+
+    # --- Apply and undo --------------------------------------------------------------------------
+
+    def apply_(self, module: nn.Module) -> None:
+        """Pin ``module`` in place. Again on the same model: pins what was added to it since.
+
+        Raises:
+            UnmatchedPatternError: If an entry of ``modules`` selects nothing.
+            UnsupportedError: If it selects a scripted module.
+        """
+        if self._root is not None and self._root is not module:
+            self.undo_()
+        self._root = module
+        self._modules = {clean_fqn(name, module): child for name, child in module.named_modules()}
+        for pinned in self._find_pinned(module):
+            self._pin_(pinned)
+        for fqn, child in self._modules.items():
+            if role_of(child) is None and self._calls_functions(child):
+                self._adopt(fqn)
+        self._take_steps_(module)
+
+    def undo_(self) -> None:
+        """Leave the model as it was. Safe to call when nothing is applied."""
+        for name, step in self._own_steps.items():
+            vars(self._root)[name] = step
+        self._swaps.undo_()
+        self._give_back_dtypes_()
+        self._root = None
+        self._clear()
+
+    def _find_pinned(self, root: nn.Module) -> Iterable[PinnedModule]:
+        named: dict[int, str] = {id(child): fqn for fqn, child in self._modules.items()}
+        found: dict[int, PinnedModule] = {}
+        for spec in self._specs:
+            role = InFP32(spec.output, self._withheld.append)
+            chosen = select_modules(root, spec.modules, argument="modules") if spec.modules else {}
+            inside = [child for module in chosen.values() for child in module.modules()]
+            for child in inside:
+                if isinstance(child, torch.jit.ScriptModule):
+                    raise UnsupportedError(_scripted_text(named[id(child)]))
+                found.setdefault(id(child), PinnedModule(named[id(child)], child, kind_of_module(child), role))
+        for fqn, child in self._modules.items():
+            kind = kind_of_module(child)
+            if kind in self._outputs and id(child) not in found:
+                output = "float32" if kind == "loss" else self._outputs[kind]
+                found[id(child)] = PinnedModule(fqn, child, kind, InFP32(output, self._withheld.append))
+        return found.values()
+
+    def _pin_(self, pinned: PinnedModule) -> None:
+        if pinned.fqn in self._pinned and self._pinned[pinned.fqn].module is pinned.module:
+            return
+        self._pinned[pinned.fqn] = pinned
+        self._swap_(pinned.module, pinned.role)
+        owned = (*pinned.module.parameters(recurse=False), *pinned.module.buffers(recurse=False))
+        for tensor in owned:
+            if tensor.dtype in NARROW_DTYPES and not isinstance(tensor, nn.UninitializedParameter):
+                self._withheld.append((tensor, tensor.dtype))
+                tensor.data = tensor.data.float()
+
+    def _give_back_dtypes_(self) -> None:
+        """Narrow what was kept in FP32, unless the model around it has become FP32 meanwhile."""
+        kept = {id(tensor) for tensor, _ in self._withheld}
+        around = {p.dtype for p in self._root.parameters() if id(p) not in kept} if self._root is not None else set()
+        for tensor, dtype in self._withheld:
+            if dtype in around:
+                tensor.grad = None
+                tensor.data = tensor.data.to(dtype)
+
+    def _swap_(self, module: nn.Module, role: Role | None) -> None:
+        methods = self._step_methods(module) if module is self._root else None
+        self._swaps.swap_(module, role, methods)
+
+    # --- Which modules call pinned functions -----------------------------------------------------
+
+    def _calls_functions(self, module: nn.Module) -> bool:
+        if isinstance(module, _HAS_FAST_PATH):
+            return "softmax" in self._outputs or any(isinstance(role_of(m), InFP32) for m in module.modules())
+        return self._mentions(module, "forward")
+
+    def _mentions(self, module: nn.Module, method: str) -> bool:
+        # `self.softmax(x)` names a submodule, which is pinned itself.
+        names = self._function_names.difference(module._modules)
+        key = (original_class(module), method, names)
+        if key not in self._scans:
+            self._scans[key] = mentions_any(*key)
+        return self._scans[key]
+
+    def _adopt(self, fqn: str) -> None:
+        """Pin the functions that a module or step calls itself, from its next call on."""
+        if fqn in self._step_names:
+            self._pinned_steps.add(fqn)
+            return
+        module = self._modules[fqn]
+        if _is_swappable(module) and not isinstance(role_of(module), (InFP32, WithFunctions)):
+            self._swap_(module, WithFunctions(self._mode))
+
+    def _spare(self, seen: Observation) -> None:
+        """Leave the mode in modules that are called where it is on and call no pinned function."""
+        callers = set(self.callers)
+        for outer, inner in seen.nested:
+            module = self._modules.get(inner)
+            # A module without submodules makes about one call, which costs less than leaving the mode.
+            if outer not in callers or module is None or role_of(module) is not None:
+                continue
+            if module._modules and _is_swappable(module):
+                self._swap_(module, WithoutFunctions(self._mode))
+
+    # --- Steps -----------------------------------------------------------------------------------
+
+    def _take_steps_(self, root: nn.Module) -> None:
+        self._pinned_steps.update(name for name in self._step_names if self._mentions(root, name))
+        if self._step_names and "_pinning_role" not in vars(type(root)):
+            self._swap_(root, None)
+        for name in self._step_names:
+            # A compiled LightningModule carries its steps as attributes, which hide those of its class.
+            if name in vars(root) and name not in self._own_steps:
+                self._own_steps[name] = vars(root)[name]
+                vars(root)[name] = functools.partial(self._run_step, name, vars(root)[name])
+
+    def _step_methods(self, root: nn.Module) -> dict[str, Any]:
+        cls = original_class(root)
+        return {name: self._step_method(name, getattr(cls, name)) for name in self._step_names if hasattr(cls, name)}
+
+    def _step_method(self, name: str, original: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(original)
+        def step(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            return self._run_step(name, functools.partial(original, module), *args, **kwargs)
+
+        return step
+
+    def _run_step(self, name: str, step: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+        if name not in self.observations and not torch.compiler.is_compiling():
+            with self.watch(name):
+                return step(*args, **kwargs)
+        if name in self._pinned_steps:
+            return call_with(self._mode, step, args, kwargs)
+        return step(*args, **kwargs)
+
+    @contextmanager
+    def watch(self, step: str = "forward") -> Iterator[Observation]:
+        """Pin every function in this block, whoever calls it, and learn where to pin it from now on.
+
+        Args:
+            step: Name under which ``observations`` keeps what was seen, if the block succeeds.
+
+        Raises:
+            UnsupportedError: If a bare function under activation checkpointing calls a pinned one.
+        """
+        if self._root is not None:
+            self.apply_(self._root)
+        names = {id(module): fqn for fqn, module in self._modules.items()}
+        pinned = frozenset(self._pinned)
+        with watch_batch(
+            self._rules,
+            tuple(self._outputs),
+            names=names,
+            pinned=pinned,
+            step=(_STEP_CODE, step),
+            adopt=self._adopt,
+        ) as seen:
+            yield seen
+        self._spare(seen)
+        self.observations[step] = seen
+
+
+_STEP_CODE: CodeType = Pins._run_step.__code__
+
+
+def _is_swappable(module: nn.Module) -> bool:
+    """Return whether a module takes another class: compiled and scripted wrappers are not what they wrap."""
+    return not isinstance(module, torch.jit.ScriptModule) and not type(module).__module__.startswith("torch._dynamo")
+
+
+def _scripted_text(fqn: str) -> str:
+    return (
+        f"modules: {fqn!r} is a scripted module, whose computation cannot be changed. Pin the module before scripting."
+    )

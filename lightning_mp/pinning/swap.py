@@ -1,0 +1,222 @@
+"""Give single modules another ``forward`` by swapping their class, and take it back.
+
+A swapped module keeps its keys, parameters, hooks and identity, and is an instance of its own class.
+It is copied and pickled as that class, so that nothing of the swap leaves the run.
+"""
+
+import copyreg
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import FunctionType
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from lightning_mp.pinning.functions import NARROW_DTYPES, OutputRule, run_module
+from lightning_mp.pinning.mode import FunctionPins, call_with, call_without
+
+__all__ = ["InFP32", "Role", "Swaps", "WithFunctions", "WithoutFunctions", "original_class", "role_of"]
+
+
+@dataclass(frozen=True)
+class InFP32:
+    """The whole module computes in FP32 and keeps its parameters in FP32."""
+
+    output: OutputRule
+    withhold: Callable[[tuple[Tensor, torch.dtype]], None]
+    """Told of each tensor that was asked to become 16-bit and did not."""
+
+    def __call__(
+        self, module: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Run ``forward`` in the way of this role."""
+        for parameter in module._parameters.values():
+            if parameter is not None and parameter.dtype in NARROW_DTYPES:
+                return _with_wide_parameters(module, forward, args, kwargs, self.output)
+        return run_module(forward, args, kwargs, self.output)
+
+
+@dataclass(frozen=True)
+class WithFunctions:
+    """The functions that the module's ``forward`` calls are pinned."""
+
+    mode: FunctionPins
+
+    def __call__(
+        self, module: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Run ``forward`` in the way of this role."""
+        return call_with(self.mode, forward, args, kwargs)
+
+
+@dataclass(frozen=True)
+class WithoutFunctions:
+    """The module calls no pinned function itself; a mode that a caller entered is left."""
+
+    mode: FunctionPins
+
+    def __call__(
+        self, module: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Run ``forward`` in the way of this role."""
+        return call_without(self.mode, forward, args, kwargs)
+
+
+Role: TypeAlias = InFP32 | WithFunctions | WithoutFunctions
+
+
+def _with_wide_parameters(
+    module: nn.Module,
+    forward: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    output: OutputRule,
+) -> Any:
+    """Run ``forward`` on FP32 values of parameters that a sharding strategy handed over in 16 bits."""
+    given = dict(module._parameters)
+    module._parameters.update({name: None if p is None else p.float() for name, p in given.items()})  # type: ignore[misc]
+    try:
+        return run_module(forward, args, kwargs, output)
+    finally:
+        module._parameters.update(given)
+
+
+class _Swapped(nn.Module):
+    """What a swapped module's class puts in front of its own."""
+
+    _pinning_role: Role | None
+    _pinning_original: type[nn.Module]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if self._pinning_role is None:
+            return super().forward(*args, **kwargs)
+        return self._pinning_role(self, super().forward, args, kwargs)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        # `module.to(torch.bfloat16)`, as of Lightning's bf16-true, moves a pinned module but leaves it FP32.
+        role = self._pinning_role
+        if isinstance(role, InFP32):
+            fn = _keep_fp32(fn, role.withhold)
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        reduced: Any = super().__reduce_ex__(protocol)
+        rebuild, args, *rest = reduced
+        if rebuild is copyreg.__newobj__:  # type: ignore[attr-defined]
+            # pickle checks that this one, which is `cls.__new__`, builds the object's own class.
+            rebuild = self._pinning_original.__new__
+        return (rebuild, tuple(self._pinning_original if a is type(self) else a for a in args), *rest)
+
+
+def _keep_fp32(
+    fn: Callable[[Tensor], Tensor], withhold: Callable[[tuple[Tensor, torch.dtype]], None]
+) -> Callable[[Tensor], Tensor]:
+    def apply(tensor: Tensor) -> Tensor:
+        result = fn(tensor)
+        if result.dtype not in NARROW_DTYPES or tensor.dtype is not torch.float32:
+            return result
+        withhold((tensor, result.dtype))
+        return tensor.to(result.device)
+
+    return apply
+
+
+def role_of(module: nn.Module) -> Role | None:
+    """Return the role that ``module`` was swapped to."""
+    return getattr(type(module), "_pinning_role", None)
+
+
+def original_class(module: nn.Module) -> type[nn.Module]:
+    """Return the class of ``module`` before a swap."""
+    return getattr(type(module), "_pinning_original", type(module))
+
+
+def _call_role(role: Role, module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    return role(module, forward, args, kwargs)
+
+
+class Swaps:
+    """The modules that were swapped, and how to put each back."""
+
+    def __init__(self) -> None:
+        self._shared: dict[tuple[type[nn.Module], Role | None], Any] = {}
+        self._classes: list[Any] = []
+        # By identity: a torchmetrics.Metric is a module whose hash changes with its state.
+        self._swapped: dict[int, _Swap] = {}
+
+    def swap_(self, module: nn.Module, role: Role | None, methods: Mapping[str, Any] | None = None) -> None:
+        """Make ``module`` run in ``role``; an earlier role ends.
+
+        Args:
+            module: Swapped in place, with its ``forward`` if that is an attribute of the instance.
+            role: ``None`` only adds ``methods``.
+            methods: Further methods by name, for this module alone.
+        """
+        self._restore_(module)
+        original = type(module)
+        swapped = None if methods else self._shared.get((original, role))
+        if swapped is None:
+            swapped = _swapped_class(original, role, methods or {})
+            self._classes.append(swapped)
+            if not methods:
+                self._shared[original, role] = swapped
+        attributes = {}
+        if role is not None and "forward" in vars(module):
+            attributes["forward"] = vars(module)["forward"]
+            vars(module)["forward"] = functools.partial(_call_role, role, module, attributes["forward"])
+        self._swapped[id(module)] = _Swap(module, original, swapped, attributes)
+        _set_class(module, swapped)
+
+    def undo_(self) -> None:
+        """Give every module its own class back."""
+        for swap in list(self._swapped.values()):
+            self._restore_(swap.module)
+        for swapped in self._classes:
+            # A class that someone derived from ours meanwhile, as fully_shard does, computes as before.
+            swapped._pinning_role = None
+        self._shared.clear()
+        self._classes.clear()
+
+    def _restore_(self, module: nn.Module) -> None:
+        swap = self._swapped.pop(id(module), None)
+        if swap is None:
+            return
+        if type(module) is swap.swapped:
+            _set_class(module, swap.original)
+        vars(module).update(swap.attributes)
+
+
+@dataclass(frozen=True)
+class _Swap:
+    module: nn.Module
+    original: type[nn.Module]
+    swapped: type[nn.Module]
+    attributes: dict[str, Any]
+
+
+def _set_class(module: nn.Module, cls: type[nn.Module]) -> None:
+    # Not `module.__class__ = cls`: some wrappers forward attribute writes to what they wrap.
+    object.__setattr__(module, "__class__", cls)
+
+
+def _own_copy(function: Any) -> FunctionType:
+    """Copy a method with a code object of its own: torch.compile counts recompilations per code object."""
+    return FunctionType(
+        function.__code__.replace(), function.__globals__, function.__name__, closure=function.__closure__
+    )
+
+
+def _swapped_class(original: type[nn.Module], role: Role | None, methods: Mapping[str, Any]) -> Any:
+    make_class: Any = type(original)
+    namespace = {
+        "__module__": original.__module__,
+        "__qualname__": original.__qualname__,
+        "__doc__": original.__doc__,
+        "_pinning_role": role,
+        "_pinning_original": original,
+        "forward": _own_copy(_Swapped.forward),
+        **methods,
+    }
+    return make_class(original.__name__, (_Swapped, original), namespace)

@@ -1,0 +1,610 @@
+"""A pinned model is pinned wherever it computes, and is what it was once the pin is undone."""
+
+import copy
+import pickle
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from lightning_mp.errors import SettingTypeError, SettingValueError, UnmatchedPatternError, UnsupportedError
+from lightning_mp.pinning import Pins, PinSpec
+from lightning_mp.pinning.swap import original_class, role_of
+from lightning_mp.selection import select_modules
+
+BF16 = partial(torch.autocast, "cpu", torch.bfloat16)
+
+
+def hidden(function, *args):
+    """Call a function in a way that the code of the caller does not show."""
+    return function(*args)
+
+
+HELPERS = {"attend": lambda scores: scores.softmax(-1)}
+
+
+class BaseBlock(nn.Module):
+    """A softmax, computed by a method of the subclass, and a norm."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(8, 8)
+        self.norm = nn.LayerNorm(8)
+        self.mlp = nn.Sequential(nn.Linear(8, 8), nn.GELU())
+        self.seen = []
+
+    def forward(self, x):
+        weights = self.attend(self.inner(x))
+        self.seen.append(weights.dtype)
+        return self.mlp(self.norm(weights))
+
+
+class Block(BaseBlock):
+    """Its code names softmax."""
+
+    def attend(self, scores):
+        return scores.softmax(-1)
+
+
+class HiddenBlock(BaseBlock):
+    """Its code does not: only watching finds the call."""
+
+    def attend(self, scores):
+        return HELPERS["attend"](scores)
+
+
+class Net(nn.Module):
+    def __init__(self, block=Block):
+        super().__init__()
+        self.first = block()
+        self.second = block()
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.head(self.second(self.first(x)))
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        return F.cross_entropy(self(x), y)
+
+
+def batch():
+    return torch.randn(4, 8), torch.tensor([0, 1, 2, 0])
+
+
+def applied(model, *specs, steps=()):
+    pins = Pins(*(specs or (PinSpec(),)), steps=steps)
+    pins.apply_(model)
+    return pins
+
+
+def classes(model):
+    return {name: type(module) for name, module in model.named_modules()}
+
+
+# --- Where functions are pinned --------------------------------------------------------------------
+
+
+def test_function_that_the_code_names_is_pinned_before_anything_ran():
+    model = Block()
+    applied(model)
+    with BF16():
+        model(torch.randn(4, 8))
+    assert model.seen == [torch.float32]
+
+
+def test_function_that_the_code_hides_is_pinned_from_the_watched_batch_on():
+    model = Net(HiddenBlock)
+    pins = applied(model, steps=["training_step"])
+    assert pins.callers == ["training_step"]
+    for _ in range(3):
+        with BF16():
+            model.training_step(batch(), 0)
+    assert model.first.seen == model.second.seen == [torch.float32] * 3
+    assert pins.callers == ["training_step", "first", "second"]
+
+
+def test_branch_that_starts_after_the_first_batch_is_pinned():
+    class Late(nn.Module):
+        step = 0
+
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(8, 8)
+
+        def training_step(self, x):
+            self.step += 1
+            y = self.layer(x)
+            return y if self.step == 1 else self.penalty(y)
+
+        def penalty(self, y):
+            return F.softmax(y, -1)
+
+    model = Late()
+    applied(model, steps=["training_step"])
+    with BF16():
+        assert model.training_step(torch.randn(4, 8)).dtype is torch.bfloat16
+        assert model.training_step(torch.randn(4, 8)).dtype is torch.float32
+
+
+def test_function_called_by_a_module_that_is_built_on_the_spot_is_pinned():
+    class Outside(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(8, 300)
+
+        def forward(self, x):
+            return nn.Softmax(-1)(hidden(self.layer, x))
+
+    model = Outside()
+    pins = applied(model)
+    x, _ = batch()
+    with BF16():
+        logits = model.layer(x)
+        with pins.watch():
+            model(x)
+        result = model(x)
+    # FP32's ulp is 2**-23; BF16's, 2**-7, would show in the third digit.
+    torch.testing.assert_close(result.double(), logits.double().softmax(-1), rtol=2**-18, atol=0)
+
+
+def test_mode_is_off_inside_modules_that_call_no_pinned_function():
+    entered = []
+
+    class Spy(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(8, 3)
+
+        def forward(self, x):
+            entered.append(len(torch.overrides._get_current_function_mode_stack()))
+            return self.layer(x)
+
+    class Step(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.spy = Spy()
+
+        def training_step(self, x, y):
+            loss = F.cross_entropy(self.spy(x), y)
+            entered.append(len(torch.overrides._get_current_function_mode_stack()))
+            return loss
+
+    model = Step()
+    applied(model, steps=["training_step"])
+    for _ in range(2):
+        model.training_step(*batch())
+    # Watched: on in both. After that: off in the spy, on in the step itself.
+    assert entered == [1, 1, 0, 1]
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False], ids=["reentrant", "not reentrant"])
+@pytest.mark.parametrize("block", [Block, HiddenBlock])
+def test_recomputation_of_a_checkpointed_module_is_pinned(use_reentrant, block):
+    class Checkpointed(Net):
+        def forward(self, x):
+            x = checkpoint(self.first, x, use_reentrant=use_reentrant)
+            return self.head(checkpoint(self.second, x, use_reentrant=use_reentrant))
+
+    torch.manual_seed(0)
+    model = Checkpointed(block)
+    plain = Net(block)
+    plain.load_state_dict(model.state_dict())
+    x, y = batch()
+    for net in (model, plain):
+        applied(net, steps=["training_step"])
+        for _ in range(2):
+            net.zero_grad()
+            with BF16():
+                loss = net.training_step((x.clone().requires_grad_(), y), 0)
+            loss.backward()
+    # Forward and recomputation, twice.
+    assert model.first.seen == [torch.float32] * 4
+    for (name, p), q in zip(model.named_parameters(), plain.parameters(), strict=True):
+        assert torch.equal(p.grad, q.grad), name
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False], ids=["reentrant", "not reentrant"])
+def test_checkpointed_bare_function_with_a_pinned_call_is_refused_with_the_fix(use_reentrant):
+    class Bare(Net):
+        def forward(self, x):
+            return self.head(checkpoint(lambda h: self.first.inner(h).softmax(-1), x, use_reentrant=use_reentrant))
+
+    model = Bare()
+    applied(model, steps=["training_step"])
+    x, y = batch()
+    with pytest.raises(UnsupportedError, match=r"softmax is called in the model by a bare function under .*checkpoint"):
+        model.training_step((x.requires_grad_(), y), 0)
+    assert not torch.overrides._get_current_function_mode_stack()
+
+
+def test_checkpointed_bare_function_whose_pinned_calls_are_in_modules_is_fine():
+    class Bare(Net):
+        def forward(self, x):
+            return self.head(checkpoint(lambda h: self.second(self.first(h)), x, use_reentrant=False))
+
+    model = Bare()
+    applied(model, steps=["training_step"])
+    with BF16():
+        loss = model.training_step(batch(), 0)
+    loss.backward()
+    assert model.first.seen == [torch.float32] * 2
+
+
+# --- torch's own composites ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_multihead_attention_computes_its_softmax_in_fp32(training):
+    torch.manual_seed(0)
+    attention = nn.MultiheadAttention(8, 2, batch_first=True).train(training)
+    x = torch.randn(2, 300, 8)
+    pins = applied(attention)
+    with BF16(), pins.watch() as seen:
+        _, weights = attention(x, x, x)
+    assert {call.name for call in seen.calls} == {"softmax"}
+    assert seen.below_fp32 == []
+    assert weights.dtype is torch.float32
+    # Rows of 300 weights rounded to BF16 (half an ulp: 2**-9 relative) miss one by about 1e-4.
+    assert (weights.double().sum(-1) - 1).abs().amax() < 2**-20
+
+
+def test_multihead_attention_gives_torch_own_result_when_the_dtype_is_fp32():
+    torch.manual_seed(0)
+    attention = nn.MultiheadAttention(8, 2)
+    x, mask = torch.randn(5, 2, 8), torch.zeros(2, 5, dtype=torch.bool)
+    mask[0, 3:] = True
+    expected = attention(x, x, x, key_padding_mask=mask)
+    applied(attention)
+    torch.testing.assert_close(attention(x, x, x, key_padding_mask=mask), expected)
+
+
+@pytest.mark.parametrize(
+    "mask", [None, torch.tensor([[False] * 4, [False, False, True, True]])], ids=["full", "padded"]
+)
+@pytest.mark.parametrize("autocast", [True, False])
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")  # of the fast path that the oracle takes
+def test_transformer_encoder_in_eval_runs_its_pinned_norms_and_not_the_fast_path(autocast, mask):
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    encoder = nn.TransformerEncoder(layer, 2).eval()
+    x = torch.randn(2, 4, 8)
+    with torch.no_grad():
+        expected = encoder(x, src_key_padding_mask=mask)
+    pins = applied(encoder)
+    with torch.no_grad(), BF16(enabled=autocast), pins.watch() as seen:
+        result = encoder(x, src_key_padding_mask=mask)
+    norms = {call.fqn for call in seen.calls if call.name == "layer_norm"}
+    assert norms == {f"layers.{i}.norm{j}" for i in (0, 1) for j in (1, 2)}
+    assert seen.below_fp32 == []
+    kept = slice(None) if mask is None else ~mask
+    # The norms bring values to about one, where BF16 products leave errors of a few 2**-8.
+    torch.testing.assert_close(result[kept], expected[kept], rtol=0, atol=0.05 if autocast else 1e-5)
+
+
+def test_encoder_with_sixteen_bit_weights_and_pinned_norms_evaluates():
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2).eval()
+    pins = applied(encoder, PinSpec(output="input"))
+    kept = {id(p) for p in pins.parameters()}
+    for p in encoder.parameters():
+        if id(p) not in kept:
+            p.data = p.data.bfloat16()
+    with torch.no_grad(), BF16():
+        assert encoder(torch.randn(2, 4, 8)).isfinite().all()
+
+
+def test_scaled_dot_product_attention_is_named_as_not_pinned_and_is_no_violation():
+    class Attention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.qkv = nn.Linear(8, 24)
+
+        def forward(self, x):
+            return F.scaled_dot_product_attention(*self.qkv(x).chunk(3, -1), dropout_p=0.1)
+
+    model = Attention()
+    pins = applied(model)
+    with BF16(), pins.watch("forward"):
+        model(torch.randn(2, 4, 8))
+    report = pins.report("forward")
+    assert report.fused_attention == ("",)
+    assert report.below_fp32 == ()
+
+
+# --- Modules ---------------------------------------------------------------------------------------
+
+
+class CustomNorm(nn.Module):
+    """A norm in the manner of Llama's, which is no norm of torch.nn."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(8))
+
+    def forward(self, x):
+        return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6))
+
+
+@pytest.mark.parametrize("chosen", ["head.*", CustomNorm], ids=["pattern", "class"])
+def test_modules_of_the_users_own_are_pinned_by_pattern_and_class(chosen):
+    model = nn.ModuleDict({"body": nn.Linear(8, 8), "head": nn.Sequential(CustomNorm())})
+    pins = applied(model, PinSpec(modules=(chosen,)))
+    assert list(pins.modules) == ["head.0"]
+    x = torch.randn(4, 8).bfloat16()
+    exact = x.double() / (x.double().pow(2).mean(-1, keepdim=True) + 1e-6).sqrt()
+    with BF16():
+        torch.testing.assert_close(model["head"](x).double(), exact, rtol=2**-20, atol=2**-20)
+
+
+def test_everything_inside_a_pinned_module_is_pinned_and_leaves_autocast():
+    model = nn.ModuleDict({"head": nn.Sequential(nn.Linear(8, 8), nn.Sequential(nn.Linear(8, 2)))})
+    pins = applied(model, PinSpec(pins=(), modules="head"))
+    assert list(pins.modules) == ["head", "head.0", "head.1", "head.1.0"]
+    x = torch.randn(4, 8)
+    with BF16():
+        assert torch.equal(model["head"](x), model["head"][1](model["head"][0](x)))
+        result = model["head"][0](x)
+    assert torch.equal(result, F.linear(x, model["head"][0].weight, model["head"][0].bias))
+
+
+def test_autocast_is_what_it_was_after_an_exception_in_a_pinned_module():
+    class Fails(nn.Module):
+        def forward(self, x):
+            raise RuntimeError("as the user's code does")
+
+    model = nn.ModuleDict({"bad": Fails()})
+    applied(model, PinSpec(modules="bad"))
+    with BF16():
+        with pytest.raises(RuntimeError, match="as the user"):
+            model["bad"](torch.ones(1))
+        assert torch.is_autocast_enabled("cpu")
+
+
+def test_unmatched_pattern_names_the_nearest():
+    with pytest.raises(UnmatchedPatternError, match=r"modules: 'frist' matches no module of Net.*first"):
+        applied(Net(), PinSpec(modules=("frist",)))
+
+
+def test_scripted_module_is_refused():
+    with pytest.warns(DeprecationWarning, match="script"):
+        scripted = torch.jit.script(nn.Linear(2, 2))
+    with pytest.raises(UnsupportedError, match=r"modules: 'a' is a scripted module"):
+        applied(nn.ModuleDict({"a": scripted}), PinSpec(modules=("a",)))
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "text"),
+    [
+        ({"pins": ("softmx",)}, SettingValueError, r"pins: 'softmx' is not known. Use 'softmax', 'norm', 'loss'"),
+        ({"output": "bf16"}, SettingValueError, r"output: 'bf16' is not known. Use 'float32', 'input'"),
+        ({"pins": (), "modules": ()}, SettingValueError, r"name nothing to pin"),
+        ({"pins": 3}, SettingTypeError, r"pins=3 is a int"),
+    ],
+)
+def test_wrong_settings_say_what_is_allowed(settings, error, text):
+    with pytest.raises(error, match=text):
+        PinSpec(**settings)
+
+
+def test_settings_of_a_yaml_file_are_accepted():
+    assert PinSpec(pins=["norm"], modules=["head"]) == PinSpec(pins="norm", modules="head")
+
+
+def test_first_pin_decides_where_two_disagree():
+    model = nn.Sequential(nn.LayerNorm(4))
+    applied(model, PinSpec(pins="norm", output="input"), PinSpec())
+    assert model(torch.ones(1, 4, dtype=torch.bfloat16)).dtype is torch.bfloat16
+
+
+# --- Parameters ------------------------------------------------------------------------------------
+
+
+def test_parameters_of_pinned_modules_are_named_once_and_stay_fp32_when_the_model_is_cast():
+    model = Net()
+    model.second.norm = model.first.norm
+    pins = applied(model)
+    before = model.first.norm.weight
+    assert [id(p) for p in pins.parameters()] == [id(before), id(model.first.norm.bias)]
+    model.to(torch.bfloat16)
+    assert model.first.norm.weight is before
+    assert before.dtype is torch.float32
+    assert model.head.weight.dtype is torch.bfloat16
+    pins.undo_()
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+
+
+def test_model_that_arrives_in_sixteen_bits_gets_fp32_norms_until_the_pin_is_undone():
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)).bfloat16()
+    pins = applied(model)
+    assert {model[1].weight.dtype, model[1].running_mean.dtype} == {torch.float32}
+    assert model(torch.randn(3, 4).bfloat16()).dtype is torch.float32
+    pins.undo_()
+    assert {t.dtype for t in model.state_dict().values()} == {torch.bfloat16, torch.int64}
+
+
+def test_fp32_parameters_stay_fp32_after_undo_where_the_model_became_fp32():
+    model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4)).bfloat16()
+    pins = applied(model)
+    model.float()
+    pins.undo_()
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+def test_parameters_handed_over_in_sixteen_bits_by_a_strategy_are_read_as_fp32():
+    # FSDP does this: the module's parameters are 16-bit only while its forward runs.
+    model = nn.Sequential(nn.LayerNorm(64))
+    applied(model)
+    norm = model[0]
+    given = norm.weight
+    norm.weight.data = norm.weight.data.bfloat16()
+    norm.bias.data = norm.bias.data.bfloat16()
+    x = torch.randn(2, 64).bfloat16()
+    result = model(x)
+    torch.testing.assert_close(result.double(), F.layer_norm(x.double(), (64,)), rtol=2**-18, atol=2**-18)
+    result.sum().backward()
+    assert norm.weight is given
+    assert given.grad is not None
+
+
+# --- Nothing shows, nothing stays ------------------------------------------------------------------
+
+
+def test_undo_leaves_every_class_attribute_and_output_as_it_was():
+    model = Net(HiddenBlock)
+    before, keys = classes(model), {name: set(vars(m)) for name, m in model.named_modules()}
+    x, y = batch()
+    with BF16():
+        expected = model.training_step((x, y), 0)
+    pins = applied(model, steps=["training_step", "validation_step"])
+    with BF16():
+        model.training_step((x, y), 0)
+    pins.undo_()
+    assert classes(model) == before
+    assert {name: set(vars(m)) for name, m in model.named_modules()} == keys
+    with BF16():
+        assert torch.equal(model.training_step((x, y), 0), expected)
+    pins.undo_()
+
+
+def test_pinned_model_keeps_keys_hooks_and_class_tests():
+    model = Net()
+    keys, calls = list(model.state_dict()), []
+    model.first.norm.register_forward_hook(lambda *_: calls.append(1))
+    applied(model, steps=["training_step"])
+    model(batch()[0])
+    assert calls == [1]
+    assert list(model.state_dict()) == keys
+    assert isinstance(model.first.norm, nn.LayerNorm)
+    assert repr(model) == repr(Net())
+    model.load_state_dict(Net().state_dict(), strict=True)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["copy", "pickle"])
+def test_copies_and_pickles_of_a_pinned_model_are_plain(copied):
+    model = Net()
+    applied(model, steps=["training_step"])
+    model.training_step(batch(), 0)
+    twin = copied(model)
+    assert {type(m) for m in twin.modules()} == {Net, Block, nn.Linear, nn.LayerNorm, nn.Sequential, nn.GELU}
+    x, _ = batch()
+    assert torch.equal(twin(x), model(x))
+    with torch.no_grad():
+        twin.head.weight.zero_()
+    assert model.head.weight.any()
+
+
+def test_apply_again_pins_what_was_added_since_and_nothing_twice():
+    model = Net()
+    pins = applied(model)
+    first = classes(model)
+    model.extra = nn.LayerNorm(8)
+    pins.apply_(model)
+    assert "extra" in pins.modules
+    assert {name: cls for name, cls in classes(model).items() if name != "extra"} == first
+
+
+def test_applying_to_another_model_releases_the_first():
+    first, second = Net(), Net()
+    pins = applied(first)
+    pins.apply_(second)
+    assert role_of(first.first.norm) is None
+    assert role_of(second.first.norm) is not None
+
+
+def test_forward_that_is_an_instance_attribute_is_pinned_and_put_back():
+    model = nn.Sequential(nn.LayerNorm(64))
+    own = model[0].forward
+    model[0].forward = own
+    pins = applied(model)
+    x = torch.randn(2, 64).bfloat16()
+    torch.testing.assert_close(model(x).double(), F.layer_norm(x.double(), (64,)), rtol=2**-18, atol=2**-18)
+    pins.undo_()
+    assert vars(model[0])["forward"] is own
+
+
+def test_class_that_someone_derived_from_a_pinned_one_computes_as_before_after_undo():
+    # fully_shard and parametrizations put a class of their own on top.
+    model = nn.Sequential(nn.LayerNorm(64))
+    pins = applied(model)
+    pinned = type(model[0])
+    model[0].__class__ = type("Sharded", (pinned,), {})
+    pins.undo_()
+    x = torch.randn(2, 64)
+    assert torch.equal(model(x), F.layer_norm(x, (64,)))
+    with BF16():
+        assert model[0](x).dtype is nn.LayerNorm(64)(x).dtype
+
+
+def test_original_class_of_a_pinned_module_is_the_users():
+    model = Net()
+    applied(model)
+    assert original_class(model.first) is Block
+    assert list(select_modules(model, [Block], argument="modules")) == ["first", "second"]
+
+
+def test_engine_pickles_as_what_was_asked_for():
+    model = Net()
+    pins = applied(model, PinSpec(modules=["head"]), steps=["training_step"])
+    twin = pickle.loads(pickle.dumps(pins))
+    other = Net()
+    twin.apply_(other)
+    assert list(twin.modules) == list(pins.modules)
+
+
+# --- torch.compile ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def _fresh_dynamo():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.usefixtures("_fresh_dynamo")
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_pinned_block_compiles_without_a_graph_break(backend):
+    class Whole(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Linear(8, 300)
+            self.norm = nn.LayerNorm(300)
+            self.attention = nn.MultiheadAttention(8, 2)
+            self.loss = nn.BCELoss()
+
+        def forward(self, x, y):
+            attended, weights = self.attention(x, x, x)
+            probabilities = self.norm(self.inner(attended)).softmax(-1)
+            return self.loss(probabilities, y), probabilities, weights
+
+    torch.manual_seed(0)
+    model = Whole()
+    pins = applied(model)
+    x, y = torch.randn(4, 8), torch.rand(4, 300)
+    with BF16(), pins.watch():
+        expected = model(x, y)
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    with BF16():
+        results = compiled(x, y)
+    for result, eager in zip(results, expected, strict=True):
+        assert result.dtype is torch.float32
+        # The same kernels; aot_eager decomposes some, which reorders FP32 sums.
+        torch.testing.assert_close(result, eager, rtol=1e-5, atol=1e-6)
+    results[0].backward()
+    assert model.norm.weight.grad is not None
+
+
+@pytest.mark.usefixtures("_fresh_dynamo")
+def test_pinning_after_compilation_recompiles_and_undo_recompiles_again():
+    model = nn.Sequential(nn.LayerNorm(300))
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    x = torch.randn(2, 300).bfloat16()
+    with BF16():
+        plain = compiled(x)
+        pins = applied(model)
+        assert compiled(x).dtype is torch.float32
+        pins.undo_()
+        assert torch.equal(compiled(x), plain)
