@@ -1,7 +1,7 @@
 """Mixed-precision training for PyTorch Lightning: fast, small and visible."""
 
 from lightning_mp.__about__ import __version__
-from lightning_mp.callbacks import LossScaleMonitor
+from lightning_mp.callbacks import GradientRangeMonitor, LossScaleMonitor
 from lightning_mp.errors import (
     FP8UnavailableError,
     LightningMPError,
@@ -16,6 +16,7 @@ from lightning_mp.precision import MixedPrecision
 __all__ = [
     "DynamicLossScale",
     "FP8UnavailableError",
+    "GradientRangeMonitor",
     "LightningMPError",
     "LossScaleError",
     "LossScaleMonitor",

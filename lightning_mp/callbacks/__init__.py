@@ -1,5 +1,6 @@
 """Callbacks: they read and log, and never steer the numerics."""
 
+from lightning_mp.callbacks.gradient_range_monitor import GradientRangeMonitor
 from lightning_mp.callbacks.loss_scale_monitor import LossScaleMonitor
 
-__all__ = ["LossScaleMonitor"]
+__all__ = ["GradientRangeMonitor", "LossScaleMonitor"]

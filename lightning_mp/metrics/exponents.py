@@ -51,13 +51,19 @@ class GradientExponentHistogram(Metric):
         self.add_state("num_zeros", torch.tensor(0), dist_reduce_fx="sum")
         self.add_state("num_nonfinite", torch.tensor(0), dist_reduce_fx="sum")
 
-    def update(self, gradients: Tensor | Iterable[Tensor]) -> None:
-        """Count the elements of one or more floating-point tensors; they are not read on the host."""
-        for gradient in [gradients] if isinstance(gradients, Tensor) else gradients:
-            self.add(exponent_histogram(gradient))
+    def update(self, gradients: Tensor | Iterable[Tensor] | ExponentHistogram) -> None:
+        """Count the elements of one or more floating-point tensors, which are not read on the host.
 
-    def add(self, found: ExponentHistogram) -> None:
-        """Add a histogram that was counted elsewhere."""
+        Args:
+            gradients: A tensor, several of them, or a histogram that was counted elsewhere.
+        """
+        if isinstance(gradients, ExponentHistogram):
+            self._add(gradients)
+            return
+        for gradient in [gradients] if isinstance(gradients, Tensor) else gradients:
+            self._add(exponent_histogram(gradient))
+
+    def _add(self, found: ExponentHistogram) -> None:
         self.counts += found.counts.to(self.device)
         self.num_zeros += found.num_zeros.to(self.device)
         self.num_nonfinite += found.num_nonfinite.to(self.device)
