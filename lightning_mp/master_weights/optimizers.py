@@ -1,6 +1,7 @@
 """Which optimizers can work on masters: the ones that treat each parameter for itself."""
 
 from collections.abc import Iterable, Iterator
+from inspect import Parameter, signature
 from typing import Any
 
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_mp.errors import UnsupportedError
+from lightning_mp.master_weights.probe import check_independence
 
 __all__ = ["check_optimizer", "upcast_state_"]
 
@@ -29,7 +31,8 @@ def check_optimizer(optimizer: Optimizer, mastered: Iterable[nn.Parameter]) -> N
 
     Raises:
         UnsupportedError: If the optimizer brings its own masters, wraps another optimizer, holds
-            parameters or flat buffers outside of ``param_groups`` and ``state``, or repeats its closure.
+            parameters or flat buffers outside of ``param_groups`` and ``state``, demands a closure, or
+            updates a parameter by what it sees of others.
     """
     name = type(optimizer).__qualname__
     package = type(optimizer).__module__.partition(".")[0]
@@ -45,7 +48,13 @@ def check_optimizer(optimizer: Optimizer, mastered: Iterable[nn.Parameter]) -> N
         )
     if isinstance(optimizer, torch.optim.LBFGS):
         raise UnsupportedError(f"master_weights: LBFGS mixes all parameters in one direction vector. {_FIX}")
+    if _demands_closure(optimizer):
+        raise UnsupportedError(
+            f"master_weights: {name}.step demands a closure, which it may call between two updates, when the model's "
+            f"weights are not the masters. {_FIX}"
+        )
     _check_attributes(optimizer, set(mastered))
+    check_independence(optimizer)
 
 
 def upcast_state_(optimizer: Optimizer, mastered: Iterable[nn.Parameter]) -> None:
@@ -60,6 +69,11 @@ def upcast_state_(optimizer: Optimizer, mastered: Iterable[nn.Parameter]) -> Non
         if isinstance(optimizer, torch.optim.Adagrad) and state["step"] == 0:
             # A filled value such as 0.1 was rounded to 16 bits when the constructor wrote it.
             state["sum"].fill_(optimizer.defaults["initial_accumulator_value"])
+
+
+def _demands_closure(optimizer: Optimizer) -> bool:
+    closure = signature(type(optimizer).step).parameters.get("closure")
+    return closure is not None and closure.default is Parameter.empty
 
 
 def _check_attributes(optimizer: Optimizer, mastered: set[nn.Parameter]) -> None:

@@ -184,7 +184,7 @@ class MixedPrecision(StepRegions, FSDPPrecision):  # type: ignore[misc]  # Light
     def _convert_to_masters(self, module: nn.Module, trainer: Any) -> None:
         if self.policy.master_weights == "params":
             return
-        if trainer is not None:
+        if trainer is not None and trainer.state.fn == "fit":
             check_averaging(trainer.callbacks, self.policy)
         self._masters = self._masters or new_masters(self.policy)
         if self._masters is not None:

@@ -34,6 +34,61 @@ class Lookahead(Optimizer):
         self.base_optimizer.step()
 
 
+class GlobalNorm(Optimizer):
+    """As LAMB of apex: the update is divided by a norm over all gradients."""
+
+    def __init__(self, params: Any, lr: float) -> None:
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        params = [param for group in self.param_groups for param in group["params"] if param.grad is not None]
+        norm = torch.linalg.vector_norm(torch.stack([param.grad.norm() for param in params]))
+        for param in params:
+            param.sub_(param.grad / norm, alpha=self.param_groups[0]["lr"])
+
+
+class Estimating(Optimizer):
+    """As Prodigy: a learning rate in the group, estimated from all parameters of the last step."""
+
+    def __init__(self, params: Any, lr: float) -> None:
+        super().__init__(params, {"lr": lr, "d": 1e-3})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for param in group["params"]:
+                if param.grad is not None:
+                    param.sub_(param.grad, alpha=group["lr"] * group["d"])
+                    group["d"] = max(group["d"], float(param.grad.abs().max()))
+
+
+class SAM(torch.optim.SGD):
+    @torch.no_grad()
+    def step(self, closure: Any) -> None:
+        super().step()
+        closure()
+        super().step()
+
+
+class Independent(Optimizer):
+    """A custom optimizer that is fine: a counter in the group, one on itself, state made in the first step."""
+
+    def __init__(self, params: Any, lr: float) -> None:
+        super().__init__(params, {"lr": lr, "count": 0})
+        self.calls = 0
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        self.calls += 1
+        for group in self.param_groups:
+            group["count"] += 1
+            for param in group["params"]:
+                if param.grad is not None:
+                    self.state[param].setdefault("sum", torch.zeros_like(param)).add_(param.grad)
+                    param.sub_(self.state[param]["sum"] / group["count"] / self.calls, alpha=group["lr"])
+
+
 class FusedAdam(torch.optim.Adam):
     """Transformer Engine's, as far as recognition goes."""
 
@@ -51,6 +106,9 @@ CASES: dict[str, tuple[Any, str]] = {
     "flat": (FlatBuffer, r"FlatBuffer.flat holds parameters or a flat buffer outside of param_groups"),
     "params": (HoldsParams, r"HoldsParams.params holds parameters or a flat buffer outside of param_groups"),
     "wrapper": (Lookahead, r"Lookahead.base_optimizer holds another optimizer \(SGD\)"),
+    "norm": (GlobalNorm, r"GlobalNorm updates one parameter by what it sees of the others, as a norm over all"),
+    "estimate": (Estimating, r"Estimating updates one parameter by what it sees of the others"),
+    "closure": (SAM, r"SAM.step demands a closure, which it may call between two updates"),
     "te": (FusedAdam, r"FusedAdam was built with master_weights=True and keeps masters of its own. Build it with"),
     "flashoptim": (from_package("flashoptim"), r"FlashOptim splits weights into masters itself \(FlashAdamW\). Use it"),
     "bitsandbytes": (from_package("bitsandbytes"), r"bitsandbytes keeps its state by parameter position"),
@@ -95,6 +153,30 @@ def test_zero_redundancy_optimizer_is_refused(tmp_path: Any) -> None:
             masters.attach([optimizer])
     finally:
         dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("mode", ["copy", "split"])
+def test_a_custom_optimizer_that_treats_each_parameter_for_itself_is_accepted_untouched(mode: str) -> None:
+    module = nn.Sequential(nn.Linear(4, 4), nn.Conv2d(2, 2, 3))
+    masters = MasterWeights(mode)
+    masters.convert_(module)
+    optimizer = Independent(module.parameters(), lr=0.1)
+    torch.optim.lr_scheduler.StepLR(optimizer, 1)
+    random_state = torch.get_rng_state()
+    masters.attach([optimizer])
+    assert (optimizer.calls, optimizer.param_groups[0]["count"], len(optimizer.state)) == (0, 0, 0)
+    assert torch.equal(torch.get_rng_state(), random_state)
+
+
+def test_an_optimizer_that_cannot_be_tried_is_not_judged() -> None:
+    class Picky(Independent):
+        def step(self, closure: Any = None) -> None:
+            raise NotImplementedError
+
+    module = nn.Linear(4, 4)
+    masters = MasterWeights("split")
+    masters.convert_(module)
+    masters.attach([Picky(module.parameters(), lr=0.1)])
 
 
 def test_none_takes_any_optimizer() -> None:

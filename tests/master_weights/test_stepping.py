@@ -301,7 +301,7 @@ def test_a_step_that_raises_leaves_structure_and_masters_whole(mode: str) -> Non
             for group in self.param_groups:
                 for param in group["params"]:
                     param.add_(param.grad, alpha=-group["lr"])
-                    raise KeyboardInterrupt
+                    raise ZeroDivisionError
 
     module = Weights()
     start = [param.detach().clone() for param in module.parameters()]
@@ -311,7 +311,7 @@ def test_a_step_that_raises_leaves_structure_and_masters_whole(mode: str) -> Non
     masters.attach([optimizer])
     for param in module.parameters():
         param.grad = torch.full(param.shape, 2.0**-20)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(ZeroDivisionError):
         optimizer.step()
     # Torch applies what was done before the error; here too, in full precision.
     assert_same_bits(values(module, masters), [start[0] - 2.0**-20, *start[1:]])
