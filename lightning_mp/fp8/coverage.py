@@ -1,0 +1,148 @@
+"""Which layers of a model can run in FP8, and why the others do not."""
+
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from lightning_mp.fp8.config import FP8Config
+from lightning_mp.fp8.layer import FP8Linear
+from lightning_mp.selection import named_inner_modules, select_modules
+
+__all__ = ["Coverage", "LayerRow", "brings_transformer_engine", "plan_layers"]
+
+# Transformer Engine's FP8 products need both dimensions of every operand to be multiples of 16
+# (pytorch/utils.py, assert_dim_for_fp8_exec; backward turns rows into the dimension summed over).
+ALIGNMENT = 16
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class LayerRow:
+    """One Linear layer of a model.
+
+    Args:
+        fqn: Full dotted name, the first one of a shared layer.
+        converted: Whether it runs in FP8.
+        reason: Why, or why not.
+        in_features: Width of its input.
+        out_features: Width of its output.
+    """
+
+    fqn: str
+    converted: bool
+    reason: str
+    in_features: int
+    out_features: int
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """How much of a model runs in FP8.
+
+    Args:
+        num_converted: Linear layers in FP8.
+        num_layers: Linear layers in all.
+        flops_share: Share of the multiplications of all Linear layers, per row of input, in [0, 1].
+    """
+
+    num_converted: int
+    num_layers: int
+    flops_share: float
+
+    @classmethod
+    def of(cls, rows: Iterable[LayerRow]) -> "Coverage":
+        """Count over rows."""
+        rows = list(rows)
+        converted = [row for row in rows if row.converted]
+        total = sum(row.in_features * row.out_features for row in rows)
+        share = sum(row.in_features * row.out_features for row in converted) / total if total else 0.0
+        return cls(len(converted), len(rows), share)
+
+    def __str__(self) -> str:
+        return f"{self.num_converted} of {self.num_layers} Linear layers, {self.flops_share:.1%} of GEMM FLOPs, in FP8"
+
+
+def brings_transformer_engine(model: nn.Module) -> bool:
+    """Tell whether the model already holds layers of Transformer Engine."""
+    return any(c.__module__.startswith("transformer_engine.") for m in model.modules() for c in type(m).__mro__)
+
+
+def plan_layers(
+    model: nn.Module, config: FP8Config, *, keep: Collection[nn.Module] = ()
+) -> list[tuple[LayerRow, nn.Linear]]:
+    """Decide for each Linear layer whether it can run in FP8.
+
+    Args:
+        model: The model, not modified.
+        config: Which layers are wanted.
+        keep: Modules that stay in FP32, with what they contain.
+
+    Returns:
+        A row and the layer for each ``nn.Linear``, in registration order, each object once.
+
+    Raises:
+        UnmatchedPatternError: If an item of ``include`` or ``exclude`` selects nothing.
+    """
+    excluded = _inside(select_modules(model, config.exclude, argument="exclude").values() if config.exclude else ())
+    included = None
+    if config.include is not None:
+        included = _inside(select_modules(model, config.include, argument="include").values())
+    layers = _linear_layers(model)
+    heads = _output_heads(model, layers) if config.skip_output_head else {}
+    kept, is_foreign = _inside(keep), brings_transformer_engine(model)
+    planned = []
+    for fqn, layer in layers.items():
+        reason = (
+            ("the model brings layers of Transformer Engine and is left as it is" if is_foreign else "")
+            or _ineligible(layer)
+            or ("pinned to FP32" if layer in kept else "")
+            or ("excluded" if layer in excluded else "")
+            or ("not in include" if included is not None and layer not in included else "")
+            or heads.get(layer, "")
+        )
+        row = LayerRow(fqn, not reason, reason or "FP8", layer.in_features, layer.out_features)
+        planned.append((row, layer))
+    return planned
+
+
+def _linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
+    first_names: dict[nn.Linear, str] = {}
+    for fqn, module in named_inner_modules(model).items():
+        if isinstance(module, nn.Linear) and not isinstance(module, nn.LazyLinear):
+            first_names.setdefault(module, fqn)
+    return {fqn: layer for layer, fqn in first_names.items()}
+
+
+def _inside(modules: Iterable[nn.Module]) -> set[nn.Module]:
+    return {inner for module in modules for inner in module.modules()}
+
+
+def _output_heads(model: nn.Module, layers: dict[str, nn.Linear]) -> dict[nn.Module, str]:
+    """Return the layers that share an embedding's weight, else the last one."""
+    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    tied = [layer for layer in layers.values() if id(layer._parameters.get("weight")) in embeddings]
+    if tied:
+        return dict.fromkeys(tied, "output head: it shares the weight of an embedding (skip_output_head)")
+    last = list(layers.values())[-1:]
+    return dict.fromkeys(last, "output head: the last Linear layer (skip_output_head)")
+
+
+def _ineligible(layer: nn.Linear) -> str:
+    """Say what keeps a layer from FP8 whatever the settings; empty if nothing does."""
+    if type(layer) not in (nn.Linear, FP8Linear):
+        return f"a {type(layer).__name__}, which is a subclass of nn.Linear with ways of its own"
+    weight = layer._parameters.get("weight")
+    if weight is None:
+        return "its weight is computed by a hook and is no parameter"
+    if "forward" in layer.__dict__:
+        return "its forward was replaced"
+    if weight.dtype not in _DTYPES:
+        return f"its weight is {weight.dtype}"
+    sizes = {"in_features": layer.in_features, "out_features": layer.out_features}
+    odd = {name: size for name, size in sizes.items() if size % ALIGNMENT or not size}
+    return "; ".join(
+        f"{name}={size} is not a multiple of {ALIGNMENT} ({max(-(-size // ALIGNMENT), 1) * ALIGNMENT} would be)"
+        for name, size in odd.items()
+    )

@@ -1,0 +1,194 @@
+"""The three products of a linear layer on FP8 values, on any device.
+
+Operands are quantized with Transformer Engine's rules, and the products of the FP8 values are
+accumulated in FP32::
+
+    fprop   y  = q(x) @ q(w).T
+    dgrad   dx = q(dy) @ q(w)
+    wgrad   dw = q(dy).T @ q(x)
+
+Results are rounded to the compute dtype, the bias is added before that. Formats and directions follow
+Transformer Engine 2.12, pytorch/module/linear.py: operands are quantized from the dtype they arrive
+in, blocks lie along the dimension that is summed over, and ``x`` and ``dy`` are quantized once per
+direction from high precision, never from each other's result.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx, once_differentiable
+
+from lightning_mp.fp8.delayed import DelayedState
+from lightning_mp.fp8.layer import LayerBackend, LayerSettings
+from lightning_mp.fp8.quantize import (
+    BLOCK_SIZE,
+    Quantized,
+    amax_of,
+    quantize_blocks,
+    quantize_tensor,
+    scale_from_amax,
+)
+from lightning_mp.fp8.recipes import BlockScaling, CurrentScaling, DelayedScaling, Operand, operand_dtype
+from lightning_mp.fp8.statistics import measure_cast, worse_of
+
+__all__ = ["EmulatedBackend", "product"]
+
+
+@dataclass(frozen=True, eq=False)
+class _BothWays:
+    """One operand for the product along its rows and for the one along its columns."""
+
+    rowwise: Quantized
+    columnwise: Quantized
+
+
+@dataclass(frozen=True, eq=False)
+class _CachedWeight:
+    source: Tensor
+    quantized: _BothWays
+
+
+class EmulatedBackend(LayerBackend):
+    """FP8 products of one layer, computed with the emulated recipe.
+
+    Args:
+        settings: What the layers of an engine share.
+        recipe: How scales are chosen.
+    """
+
+    def __init__(self, settings: LayerSettings, recipe: CurrentScaling | DelayedScaling | BlockScaling) -> None:
+        super().__init__(settings)
+        self.recipe = recipe
+        self.delayed = DelayedState(recipe) if isinstance(recipe, DelayedScaling) else None
+        self._cached: _CachedWeight | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_cached": None, "measured": {}}
+
+    def forward(self, layer: nn.Linear, x: Tensor) -> Tensor:
+        """Return what the layer makes of ``x`` of shape ``(..., in_features)``."""
+        rows = x.reshape(-1, x.shape[-1])
+        y = _Products.apply(rows, layer.weight, layer.bias, self, layer.training)  # type: ignore[no-untyped-call]
+        return y.reshape(*x.shape[:-1], layer.out_features)  # type: ignore[no-any-return]
+
+    def quantize(self, x: Tensor, operand: Operand, *, is_recorded: bool) -> _BothWays:
+        """Quantize one operand; ``is_recorded``: its amax counts for delayed scaling."""
+        dtype = operand_dtype(self.recipe.fp8_format, operand)
+        if isinstance(self.recipe, BlockScaling):
+            quantized = _quantize_blockwise(x, self.recipe, operand, dtype)
+        else:
+            scale = self._scale(x, operand, dtype, is_recorded=is_recorded)
+            tensorwise = quantize_tensor(x, scale, dtype)
+            quantized = _BothWays(tensorwise, tensorwise)
+        if not torch.compiler.is_compiling() and self.settings.step.collects:
+            measured = measure_cast(x, quantized.rowwise)
+            self.measured[operand] = worse_of(self.measured.get(operand), measured)
+        return quantized
+
+    def _scale(self, x: Tensor, operand: Operand, dtype: torch.dtype, *, is_recorded: bool) -> Tensor:
+        if isinstance(self.recipe, CurrentScaling):
+            return scale_from_amax(amax_of(x), dtype, self.recipe.quantization(operand))
+        if self.delayed is None:
+            raise TypeError(f"no scale rule for {self.recipe!r}")
+        scale = self.delayed.scale_of(operand, x.device)
+        if is_recorded:
+            self.delayed.record(operand, amax_of(x))
+            self.settings.step.has_amax = True
+        return scale
+
+    def quantize_weight(self, weight: Tensor, *, is_recorded: bool) -> _BothWays:
+        """Quantize the weight, or return what it was quantized to if not a bit of it has changed since.
+
+        The bits are compared, not a version counter: ``weight.data`` is a common way to write a
+        weight, and it leaves the counter as it was.
+        """
+        if torch.compiler.is_compiling() or not self.settings.cache_weights:
+            self._count_cast()
+            return self.quantize(weight, "weight", is_recorded=is_recorded)
+        if self._cached is None or not _is_same(self._cached.source, weight):
+            self._count_cast()
+            # What evaluation casts in inference mode must serve a later training step too.
+            with torch.inference_mode(False), torch.no_grad():
+                quantized = self.quantize(weight, "weight", is_recorded=is_recorded)
+                self._cached = _CachedWeight(weight.detach().clone(), quantized)
+        return self._cached.quantized
+
+    def _count_cast(self) -> None:
+        if not torch.compiler.is_compiling():
+            self.weight_casts += 1
+
+    def invalidate_weight(self) -> None:
+        self._cached = None
+
+    def end_step(self, *, has_amax: bool) -> None:
+        if self.delayed is not None and has_amax:
+            self.delayed.update()
+            self._cached = None
+
+
+def _is_same(cached: Tensor, weight: Tensor) -> bool:
+    if cached.shape != weight.shape or cached.dtype != weight.dtype or cached.device != weight.device:
+        return False
+    bits = torch.int32 if weight.dtype is torch.float32 else torch.int16
+    return torch.equal(cached.contiguous().view(bits), weight.detach().contiguous().view(bits))
+
+
+def _quantize_blockwise(x: Tensor, recipe: BlockScaling, operand: Operand, dtype: torch.dtype) -> _BothWays:
+    settings = recipe.quantization(operand)
+    if recipe.block_dim(operand) == 2:
+        square = quantize_blocks(x, (BLOCK_SIZE, BLOCK_SIZE), dtype, settings)
+        return _BothWays(square, square)
+    return _BothWays(
+        quantize_blocks(x, (1, BLOCK_SIZE), dtype, settings), quantize_blocks(x, (BLOCK_SIZE, 1), dtype, settings)
+    )
+
+
+def product(
+    first: Quantized, second: Quantized, *, transpose_first: bool = False, transpose_second: bool = False
+) -> Tensor:
+    """Return the matrix product of two quantized matrices, accumulated in FP32."""
+    (a, a_factor), (b, b_factor) = first.factored(), second.factored()
+    result = (a.t() if transpose_first else a) @ (b.t() if transpose_second else b)
+    for factor in (a_factor, b_factor):
+        result = result if factor is None else result * factor
+    return result
+
+
+class _Products(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx, x: Tensor, weight: Tensor, bias: Tensor | None, backend: EmulatedBackend, is_recorded: bool
+    ) -> Tensor:
+        dtype = backend.settings.compute_dtype
+        # Autocast would round the product's operands and result to 16 bits.
+        with torch.autocast(x.device.type, enabled=False):
+            q_x = backend.quantize(x, "input", is_recorded=is_recorded)
+            q_w = backend.quantize_weight(weight, is_recorded=is_recorded)
+            y = product(q_x.rowwise, q_w.rowwise, transpose_second=True)
+            if bias is not None:
+                y = y + bias.to(dtype).float()
+        saved_x, saved_w = q_x.columnwise, q_w.columnwise
+        ctx.save_for_backward(saved_x.data, saved_x.scale_inv, saved_w.data, saved_w.scale_inv)
+        ctx.blocks = (saved_x.block, saved_w.block)  # type: ignore[attr-defined]
+        ctx.backend, ctx.is_recorded, ctx.x_dtype = backend, is_recorded, x.dtype  # type: ignore[attr-defined]
+        return y.to(dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x_data, x_scale_inv, w_data, w_scale_inv = ctx.saved_tensors
+        needs_x, needs_w, needs_bias = ctx.needs_input_grad[:3]
+        dtype = ctx.backend.settings.compute_dtype
+        dx = dw = None
+        with torch.autocast(grad.device.type, enabled=False):
+            if needs_x or needs_w:
+                q_grad = ctx.backend.quantize(grad, "grad", is_recorded=ctx.is_recorded)
+            if needs_x:
+                dx = product(q_grad.rowwise, Quantized(w_data, w_scale_inv, ctx.blocks[1])).to(dtype).to(ctx.x_dtype)
+            if needs_w:
+                q_x = Quantized(x_data, x_scale_inv, ctx.blocks[0])
+                dw = product(q_grad.columnwise, q_x, transpose_first=True).to(dtype)
+            dbias = grad.float().sum(0).to(dtype) if needs_bias else None
+        return dx, dw, dbias, None, None

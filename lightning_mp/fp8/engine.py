@@ -1,0 +1,305 @@
+"""``FP8Engine``: gives layers of a model FP8 products, and takes them back."""
+
+from collections.abc import Collection, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from lightning_mp.errors import SettingValueError, UnsupportedError
+from lightning_mp.fp8 import transformer_engine
+from lightning_mp.fp8.config import FP8Config
+from lightning_mp.fp8.coverage import Coverage, LayerRow, brings_transformer_engine, plan_layers
+from lightning_mp.fp8.delayed import OPERANDS, DelayedState
+from lightning_mp.fp8.emulated import EmulatedBackend
+from lightning_mp.fp8.layer import FP8Linear, LayerBackend, LayerSettings, StepFlags
+from lightning_mp.fp8.recipes import (
+    DelayedScaling,
+    FP8Recipe,
+    PassThroughRecipe,
+    describe_recipe,
+    emulated_twin,
+    parse_recipe,
+)
+from lightning_mp.fp8.statistics import OperandStatistics
+
+__all__ = ["FP8Engine"]
+
+_VERSION = 1
+
+
+class FP8Engine:
+    """Runs the Linear layers of one model in FP8.
+
+    A step goes: ``with autocast_context(): forward``, backward, any number of times, then
+    ``on_optimizer_step()``, whether or not the update was applied.
+
+    Args:
+        config: Which layers, which recipe, which backend.
+        compute_dtype: Dtype of results and of everything that is not in FP8.
+
+    Raises:
+        SettingValueError: If the emulated backend is asked for a recipe that it does not compute.
+    """
+
+    def __init__(self, config: FP8Config, compute_dtype: torch.dtype = torch.bfloat16) -> None:
+        self.config = config
+        self.recipe: FP8Recipe = parse_recipe(config.recipe)
+        self.is_emulated = config.backend == "emulated"
+        if self.is_emulated:
+            self.recipe = _require_emulated(self.recipe)
+        self.rows: tuple[LayerRow, ...] = ()
+        self._step = StepFlags()
+        self._settings = LayerSettings(compute_dtype, config.fp8_in_eval, config.cache_weights, self._step)
+        self._layers: dict[str, nn.Linear] = {}
+        self._session: transformer_engine.EngineSession | None = None
+        self._state: dict[str, Any] = {}
+
+    # --- Conversion ------------------------------------------------------------------------------
+
+    def convert_(self, module: nn.Module, *, keep: Collection[nn.Module] = ()) -> tuple[LayerRow, ...]:
+        """Give the eligible layers of ``module`` FP8 products, in place.
+
+        Layers keep their identity, parameters, hooks and names; only their class changes.
+
+        Args:
+            module: The model.
+            keep: Modules that stay in FP32, with what they contain.
+
+        Returns:
+            What became of each Linear layer; also in ``rows``.
+
+        Raises:
+            UnsupportedError: If no layer is eligible, or a compiled model is to use delayed scaling.
+            UnmatchedPatternError: If an item of ``include`` or ``exclude`` selects nothing.
+        """
+        if self._layers:
+            raise UnsupportedError("This FP8Engine holds converted layers already. Call revert_() first.")
+        if self._has_delayed_scaling:
+            _refuse_compiled(module)
+        planned = plan_layers(module, self.config, keep=keep)
+        self.rows = tuple(row for row, _ in planned)
+        if not any(row.converted for row in self.rows) and (self.is_emulated or not brings_transformer_engine(module)):
+            raise UnsupportedError(_nothing_text(module, self.rows))
+        for row, layer in planned:
+            if row.converted:
+                layer.__dict__["_fp8"] = self._new_backend()
+                layer.__class__ = FP8Linear
+                self._layers[row.fqn] = layer
+        self._apply_state()
+        return self.rows
+
+    def revert_(self) -> None:
+        """Give all layers their class back. What must survive, such as amax history, is kept for the next model."""
+        self._state = self.state_dict()
+        for layer in self._layers.values():
+            layer.__class__ = nn.Linear
+            layer.__dict__.pop("_fp8", None)
+        self._layers = {}
+        if self._session is not None:
+            self._session.close()
+            self._session = None
+
+    def check_available(self, device: torch.device) -> None:
+        """Refuse a device that cannot run the backend and the recipe; the emulated backend runs anywhere.
+
+        Raises:
+            FP8UnavailableError: With the reason and the remedy.
+        """
+        if not self.is_emulated:
+            transformer_engine.check_available(self.recipe, device)
+
+    def _new_backend(self) -> LayerBackend:
+        if isinstance(self.recipe, PassThroughRecipe) or not self.is_emulated:
+            self._session = self._session or transformer_engine.EngineSession(self.recipe)
+            return transformer_engine.EngineBackend(self._settings, self._session)
+        return EmulatedBackend(self._settings, self.recipe)
+
+    # --- What users read -------------------------------------------------------------------------
+
+    @property
+    def coverage(self) -> Coverage:
+        """How much of the model runs in FP8 now, demoted layers not counted."""
+        return Coverage.of(self.rows)
+
+    @property
+    def weight_casts(self) -> dict[str, int]:
+        """How often each layer's weight was cast to FP8, by name; compiled calls are not counted."""
+        return {fqn: layer._fp8.weight_casts for fqn, layer in self._converted()}
+
+    @property
+    def demoted(self) -> dict[str, str]:
+        """Layers that were moved back to 16 bits, with the reason."""
+        return {fqn: layer._fp8.demoted for fqn, layer in self._converted() if layer._fp8.demoted}
+
+    def _converted(self) -> list[tuple[str, FP8Linear]]:
+        return [(fqn, layer) for fqn, layer in self._layers.items() if isinstance(layer, FP8Linear)]
+
+    @property
+    def _has_delayed_scaling(self) -> bool:
+        return self.recipe.name == "delayed"
+
+    # --- Steps -----------------------------------------------------------------------------------
+
+    def autocast_context(self) -> AbstractContextManager[Any]:
+        """Return the region for one forward, inside torch's autocast region; emulation needs none of its own."""
+        return nullcontext() if self._session is None else self._session.region()
+
+    def on_optimizer_step(self) -> None:
+        """Prepare for the next step: update delayed scales once, and cast weights anew.
+
+        Call it after each optimizer step, a skipped one too, on every rank.
+        """
+        if self._step.has_amax:
+            self._reduce_amax()
+        if self._session is not None:
+            self._session.end_step()
+        for _, layer in self._converted():
+            layer._fp8.end_step(has_amax=self._step.has_amax)
+        self._step.has_amax = False
+        self._step.collects = False
+
+    def invalidate_weights(self) -> None:
+        """Forget all cast weights, so that the next forward casts them anew."""
+        for _, layer in self._converted():
+            layer._fp8.invalidate_weight()
+
+    def _reduce_amax(self) -> None:
+        """Take the largest amax over the ranks, as the recipe asks."""
+        shares = self.is_emulated and isinstance(self.recipe, DelayedScaling) and self.recipe.reduce_amax
+        if not (shares and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+            return
+        entries = [state.amax_history[0] for state in self._delayed_states().values()]
+        merged = torch.cat(entries)
+        dist.all_reduce(merged, op=dist.ReduceOp.MAX)
+        for entry, largest in zip(entries, torch.split(merged, len(OPERANDS)), strict=True):
+            entry.copy_(largest)
+
+    # --- Statistics and demotion -----------------------------------------------------------------
+
+    def collect_statistics(self) -> None:
+        """Measure every cast from now until ``on_optimizer_step``; weights are cast anew for it."""
+        for _, layer in self._converted():
+            layer._fp8.measured.clear()
+        self._step.collects = True
+        self.invalidate_weights()
+
+    def statistics(self) -> list[OperandStatistics]:
+        """Return what was measured last, by layer and operand; the worst call of the step.
+
+        Reading waits for the device.
+        """
+        found = []
+        for fqn, layer in self._converted():
+            for operand in OPERANDS:
+                if operand in layer._fp8.measured:
+                    found.append(OperandStatistics(fqn, operand, *layer._fp8.measured[operand].tolist()))
+        return found
+
+    def demote(self, fqn: str, reason: str) -> None:
+        """Move a layer back to the compute dtype; its state remembers that.
+
+        Raises:
+            SettingValueError: If no converted layer has this name.
+        """
+        layer = self._layers.get(fqn)
+        if not isinstance(layer, FP8Linear):
+            raise SettingValueError(f"fqn={fqn!r} is no layer in FP8. Layers in FP8: {', '.join(self._layers)}.")
+        layer._fp8.demoted = reason
+        layer._fp8.invalidate_weight()
+        self.rows = tuple(
+            replace(row, converted=False, reason=f"demoted: {reason}") if row.fqn == fqn else row for row in self.rows
+        )
+
+    # --- State -----------------------------------------------------------------------------------
+
+    def _delayed_states(self) -> dict[str, DelayedState]:
+        states = {fqn: getattr(layer._fp8, "delayed", None) for fqn, layer in self._converted()}
+        return {fqn: state for fqn, state in states.items() if state is not None}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state as plain values and tensors, which ``torch.load(weights_only=True)`` reads."""
+        if not self._layers:
+            return self._state
+        return {
+            "version": _VERSION,
+            "recipe": describe_recipe(self.recipe),
+            "backend": "emulated" if self.is_emulated else "transformer_engine",
+            "demoted": self.demoted,
+            "delayed": {fqn: state.state_dict() for fqn, state in self._delayed_states().items()},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> list[str]:
+        """Continue from a saved state, now or at the next ``convert_``.
+
+        Returns:
+            One phrase per thing that differs between what was saved and what runs now.
+        """
+        self._state = dict(state)
+        changes = self._differences(state) if state else []
+        return changes + self._apply_state()
+
+    def _differences(self, state: Mapping[str, Any]) -> list[str]:
+        changes = []
+        saved, now = dict(state.get("recipe", {})), describe_recipe(self.recipe)
+        if saved and saved != now:
+            changes.append(f"the FP8 recipe was {_short(saved, now)} and is {_short(now, saved)}")
+        backend = "emulated" if self.is_emulated else "transformer_engine"
+        if state.get("backend", backend) != backend:
+            changes.append(f"the FP8 backend was {state['backend']!r} and is {backend!r}")
+        return changes
+
+    def _apply_state(self) -> list[str]:
+        if not self._layers or not self._state:
+            return []
+        for fqn, reason in self._state.get("demoted", {}).items():
+            if fqn in self._layers:
+                self.demote(fqn, reason)
+        saved = self._state.get("delayed", {})
+        states = self._delayed_states()
+        restarted = [fqn for fqn, each in states.items() if fqn in saved and not each.load_state_dict(saved[fqn])]
+        self._step.has_amax = bool(states)
+        self.invalidate_weights()
+        return [f"the amax history of {len(restarted)} layers starts anew: its length changed"] if restarted else []
+
+
+def _require_emulated(recipe: FP8Recipe) -> FP8Recipe:
+    twin = emulated_twin(recipe)
+    if isinstance(twin, PassThroughRecipe):
+        raise SettingValueError(
+            f"recipe={twin.name!r} is set beside backend='emulated', which computes 'current', 'delayed' and 'block'. "
+            "Use one of these, or backend='transformer_engine' on a GPU that has the recipe."
+        )
+    return twin
+
+
+def _refuse_compiled(module: nn.Module) -> None:
+    for fqn, inner in module.named_modules():
+        is_compiled = getattr(inner, "_compiled_call_impl", None) is not None or hasattr(inner, "_compiler_ctx")
+        if is_compiled or isinstance(inner, torch._dynamo.eval_frame.OptimizedModule):
+            raise UnsupportedError(
+                f"recipe='delayed' cannot run under torch.compile ({fqn or type(module).__name__} is compiled): its "
+                "history changes at every step. Use recipe='current', or do not compile."
+            )
+
+
+def _nothing_text(module: nn.Module, rows: tuple[LayerRow, ...]) -> str:
+    name = type(module).__name__
+    if not rows:
+        return f"precision='fp8' found no Linear layer in {name}: nothing would run in FP8. Use precision='bf16'."
+    shown = "; ".join(f"{row.fqn or name}: {row.reason}" for row in rows[:5])
+    more = f"; and {len(rows) - 5} more" if len(rows) > 5 else ""
+    return (
+        f"precision='fp8' would run none of the {len(rows)} Linear layers of {name} in FP8: {shown}{more}. Change the "
+        "sizes, include, exclude or skip_output_head, or use precision='bf16'."
+    )
+
+
+def _short(shown: dict[str, Any], other: dict[str, Any]) -> str:
+    """Return the name and the fields that differ."""
+    if shown.get("name") != other.get("name"):
+        return repr(shown.get("name"))
+    return repr({key: value for key, value in shown.items() if other.get(key) != value})

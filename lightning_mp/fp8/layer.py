@@ -1,0 +1,94 @@
+"""``FP8Linear``: the class that a converted ``nn.Linear`` has while it runs in FP8."""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from lightning_mp.fp8.recipes import Operand
+
+__all__ = ["FP8Linear", "LayerBackend", "LayerSettings", "StepFlags"]
+
+
+@dataclass
+class StepFlags:
+    """What the layers of an engine share about the step under way.
+
+    Args:
+        collects: Whether casts are measured.
+        has_amax: Whether an amax was recorded since the last update of delayed scaling.
+    """
+
+    collects: bool = False
+    has_amax: bool = False
+
+
+@dataclass(frozen=True)
+class LayerSettings:
+    """What the layers of an engine share.
+
+    Args:
+        compute_dtype: Dtype of results, and of the products that are not in FP8.
+        fp8_in_eval: Whether modules in evaluation mode use FP8 as well.
+        cache_weights: Whether a cast weight is kept until the weight changes.
+        step: Flags of the step under way.
+    """
+
+    compute_dtype: torch.dtype
+    fp8_in_eval: bool
+    cache_weights: bool
+    step: StepFlags = field(default_factory=StepFlags)
+
+
+class LayerBackend:
+    """What computes the products of one converted layer.
+
+    Attributes:
+        settings: What the layers of an engine share.
+        demoted: Why the layer was moved back to 16 bits; empty while it runs in FP8.
+        measured: What ``statistics.measure_cast`` returned for each operand while casts are measured.
+        weight_casts: How often the weight was cast to FP8, compiled calls not counted.
+    """
+
+    def __init__(self, settings: LayerSettings) -> None:
+        self.settings = settings
+        self.demoted = ""
+        self.measured: dict[Operand, Tensor] = {}
+        self.weight_casts = 0
+
+    def is_active(self, layer: nn.Linear, x: Tensor) -> bool:
+        """Tell whether this call runs in FP8.
+
+        The autocast region marks where: activation checkpointing restores it for the recompute, in
+        both modes, and an island without autocast stays in full precision.
+        """
+        if self.demoted or not (layer.training or self.settings.fp8_in_eval):
+            return False
+        return torch.is_autocast_enabled(x.device.type)
+
+    def forward(self, layer: nn.Linear, x: Tensor) -> Tensor:
+        """Return what the layer makes of ``x`` of shape ``(..., in_features)``."""
+        raise NotImplementedError
+
+    def invalidate_weight(self) -> None:
+        """Forget the cast weight."""
+        raise NotImplementedError
+
+    def end_step(self, *, has_amax: bool) -> None:
+        """Prepare for the step after an optimizer step; ``has_amax``: some layer recorded an amax."""
+        raise NotImplementedError
+
+
+class FP8Linear(nn.Linear):
+    """An ``nn.Linear`` whose products run in FP8 inside the autocast region.
+
+    It is never built: an engine gives this class to existing layers and takes it back. Parameters,
+    hooks, names and the module object stay what they were.
+    """
+
+    _fp8: LayerBackend
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not self._fp8.is_active(self, input):
+            return nn.functional.linear(input, self.weight, self.bias)
+        return self._fp8.forward(self, input)
