@@ -1,7 +1,7 @@
 """Mixed-precision training for PyTorch Lightning: fast, small and visible."""
 
 from lightning_mp.__about__ import __version__
-from lightning_mp.callbacks import GradientRangeMonitor, LossScaleMonitor
+from lightning_mp.callbacks import GradientRangeMonitor, LossScaleMonitor, PrecisionSummary
 from lightning_mp.errors import (
     FP8UnavailableError,
     LightningMPError,
@@ -22,6 +22,7 @@ __all__ = [
     "LossScaleMonitor",
     "MixedPrecision",
     "OverflowFoundError",
+    "PrecisionSummary",
     "StaticLossScale",
     "UnmatchedPatternError",
     "UnsupportedError",

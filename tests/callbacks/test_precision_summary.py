@@ -1,0 +1,137 @@
+"""PrecisionSummary shows what the model computes in, with numbers that are counted here by hand."""
+
+import pytest
+import torch
+from lightning.pytorch.plugins.precision import HalfPrecision
+from lightning.pytorch.plugins.precision import MixedPrecision as LightningMixedPrecision
+from torch import nn
+
+from lightning_mp import MixedPrecision, PrecisionSummary
+from lightning_mp.errors import SettingTypeError, SettingValueError
+from lightning_mp.precision import ManifestRow
+from lightning_mp.report.summary import describe_totals, find_misaligned, group_manifest
+from tests.models import Regression, batches, trainer
+
+
+class Model(Regression):
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.Sequential(*[nn.Sequential(nn.LayerNorm(32), nn.Linear(32, 130)) for _ in range(2)])
+        self.scale = nn.Parameter(torch.ones(3))
+        for parameter in (*self.blocks.parameters(), self.scale):
+            parameter.requires_grad = False
+
+
+def show(plugin, max_depth=1, model=None):
+    summary = PrecisionSummary(max_depth)
+    trainer(plugin, callbacks=[summary]).fit(model or Model(), batches())
+    return summary.text.splitlines()
+
+
+def row(fqn, module_class="Linear", *, num=4, param=torch.float32, compute=torch.bfloat16, **settings):
+    values = {"master": "params", "pinned": False, "fp8": False, "reason": "", **settings}
+    return ManifestRow(fqn, module_class, num, param, compute, None, **values)
+
+
+def test_each_top_module_has_a_row_with_its_parameters_and_bytes(capsys):
+    lines = show(MixedPrecision("bf16"))
+    # 5 = 4 + 1; 8708 = 2 x (32 + 32 + 32 x 130 + 130), 4 bytes each.
+    assert [line.split() for line in lines[2:5]] == [
+        ["(the", "model", "itself)", "Model", "3", "12", "B", "FP32", "as", "its", "input", "params"],
+        ["layer", "Linear", "5", "20", "B", "FP32", "BF16", "params"],
+        ["blocks", "Sequential", "8,708", "34.0", "KiB", "FP32", "BF16", "params"],
+    ]
+    assert "Parameters: 8,716 in FP32 (34.0 KiB)" in lines
+    assert "Master weights: the parameters themselves, in FP32 (8,716)" in lines
+    shown = capsys.readouterr().out
+    assert "8,708" in shown
+    assert "as its input" in shown
+
+
+@pytest.mark.parametrize(("max_depth", "num_rows"), [(0, 0), (1, 3), (2, 4), (-1, 6)])
+def test_depth_says_how_many_rows_there_are(max_depth, num_rows):
+    lines = show(MixedPrecision("bf16"), max_depth)
+    table = [line for line in lines if line.endswith("params")]
+    assert len(table) == num_rows
+
+
+def test_misaligned_dimensions_are_named_with_the_padded_size():
+    line = next(line for line in show(MixedPrecision("bf16")) if line.startswith("Misaligned"))
+    assert "3 dimensions are no multiples of 8" in line
+    assert "layer in_features 4 -> 8" in line
+    assert "blocks.0.1 out_features 130 -> 136" in line
+
+
+def test_fp32_products_are_never_misaligned():
+    assert not any(line.startswith("Misaligned") for line in show(MixedPrecision("fp32")))
+
+
+def test_fp8_wants_multiples_of_16_and_pinned_modules_none():
+    model = nn.ModuleDict({"a": nn.Linear(24, 32), "b": nn.Linear(24, 32), "c": nn.Conv2d(3, 16, 3)})
+    model["d"] = nn.Conv2d(16, 16, 3, groups=16)
+    rows = [row("a"), row("b", compute=torch.float32, pinned=True), row("c", "Conv2d"), row("d", "Conv2d")]
+    found = [(m.fqn, m.dimension, m.size, m.padded) for m in find_misaligned(model, rows, is_fp8=True)]
+    assert found == [("a", "in_features", 24, 32), ("c", "in_channels", 3, 16)]
+    assert [m.padded for m in find_misaligned(model, rows)] == [8]
+
+
+def test_totals_tell_pins_masters_and_fp8_coverage_with_reasons():
+    rows = [
+        row("a", num=10, param=torch.bfloat16, master="split", fp8=True),
+        row("norm", "LayerNorm", num=2, compute=torch.float32, pinned=True),
+        row("head", num=6, param=torch.bfloat16, master="split", reason="output head"),
+    ]
+    assert describe_totals(rows, [], is_fp8=True) == [
+        "Parameters: 16 in BF16 (32 B), 2 in FP32 (8 B)",
+        "Master weights: 16 further bits beside the BF16 parameter (16); the parameters themselves, in FP32 (2)",
+        "Pinned to FP32: 1 modules (norm)",
+        "FP8: 1 of 2 linear layers; not: head (output head)",
+    ]
+
+
+def test_groups_add_up_what_is_inside():
+    model = nn.Sequential(nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2)))
+    rows = [row("0.0", param=torch.bfloat16, master="copy"), row("0.1", compute=torch.float32, pinned=True)]
+    (group,) = group_manifest(rows, model)
+    assert (group.module_class, group.num_params, group.num_bytes) == ("Sequential", 8, 4 * 2 + 4 * 4)
+    assert (group.param_dtypes, group.compute_dtypes, group.master) == ("BF16, FP32", "BF16, FP32", "copy, params")
+    assert (group.num_pinned, group.num_modules) == (1, 2)
+
+
+@pytest.mark.parametrize(
+    ("plugin", "stored", "computes"),
+    [(LightningMixedPrecision("bf16-mixed", "cpu"), "FP32", "BF16"), (HalfPrecision("bf16-true"), "BF16", "BF16")],
+)
+def test_plugins_of_lightning_are_summarized_too(plugin, stored, computes):
+    line = next(line for line in show(plugin) if line.startswith("layer"))
+    assert line.split()[:7] == [
+        "layer",
+        "Linear",
+        "5",
+        *("20 B" if stored == "FP32" else "10 B").split(),
+        stored,
+        computes,
+    ]
+
+
+def test_without_rich_the_table_goes_to_the_logger(monkeypatch, caplog, capsys):
+    caplog.set_level("INFO")
+    monkeypatch.setitem(__import__("sys").modules, "rich.console", None)
+    lines = show(MixedPrecision("bf16"))
+    assert "\n".join(lines) in caplog.text
+    assert "Parameters:" not in capsys.readouterr().out
+
+
+def test_modules_without_parameters_do_not_stop_the_run():
+    class WithIdentity(Regression):
+        def __init__(self):
+            super().__init__()
+            self.extra = nn.Identity()
+
+    assert any(line.startswith("Parameters: 5") for line in show(MixedPrecision("bf16"), model=WithIdentity()))
+
+
+@pytest.mark.parametrize(("value", "error"), [(-2, SettingValueError), ("1", SettingTypeError)])
+def test_depth_is_checked(value, error):
+    with pytest.raises(error, match="max_depth"):
+        PrecisionSummary(value)
