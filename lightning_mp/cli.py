@@ -1,14 +1,18 @@
 """The command line: ``lightning-mp COMMAND``, the same as ``python -m lightning_mp COMMAND``."""
 
 import argparse
+import importlib
+import re
 import sys
 from collections.abc import Sequence
 
 import torch
+from torch import nn
 
 from lightning_mp.__about__ import __version__
 from lightning_mp.errors import LightningMPError, SettingValueError
 from lightning_mp.hardware import default_device, describe_machine, read_facts
+from lightning_mp.memory import estimate_memory, format_estimate
 
 __all__ = ["main"]
 
@@ -38,6 +42,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     # Each command adds its own parser and sets ``run``, a function from arguments to the text shown.
     _add_doctor(commands)
+    _add_plan(commands)
     return parser
 
 
@@ -66,3 +71,66 @@ def _parse_device(text: str) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= max(torch.cuda.device_count(), 1):
         raise SettingValueError(f"--device={text!r}, but this machine has {torch.cuda.device_count()} CUDA devices.")
     return device
+
+
+def _add_plan(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    plan = commands.add_parser(
+        "plan",
+        help="bytes of a run by component, before it is started",
+        description="Estimate the memory of weights, masters, gradients and optimizer state, per rank.",
+    )
+    plan.add_argument(
+        "model", help="number of parameters (7e9, 7B, 350M), or module:Class of a model that is built without arguments"
+    )
+    plan.add_argument("--precision", default="bf16", help="as of MixedPrecision (default: %(default)s)")
+    plan.add_argument("--master-weights", default="params", help="params, copy, split or none (default: %(default)s)")
+    plan.add_argument("--optimizer", default="adamw", help="adamw, adam, sgd, sgd-momentum or adamw8bit")
+    plan.add_argument("--accumulate-grad-batches", type=int, default=1, metavar="N")
+    plan.add_argument("--strategy", default="auto", help="auto, ddp, fsdp or fsdp2")
+    plan.add_argument("--world-size", type=int, default=1, metavar="N", help="ranks")
+    plan.set_defaults(run=_plan)
+
+
+def _plan(arguments: argparse.Namespace) -> str:
+    estimate = estimate_memory(
+        _parse_model(arguments.model),
+        precision=arguments.precision,
+        master_weights=arguments.master_weights,
+        optimizer=arguments.optimizer,
+        accumulate_grad_batches=arguments.accumulate_grad_batches,
+        strategy=arguments.strategy,
+        world_size=arguments.world_size,
+    )
+    return format_estimate(estimate) + "\nActivations come on top; 16-bit compute halves those of matrix products."
+
+
+def _parse_model(text: str) -> nn.Module | float:
+    count = re.fullmatch(r"([0-9.]+(?:e[0-9]+)?)([kmb]?)", text.lower())
+    if count is not None:
+        return float(count[1]) * {"": 1.0, "k": 1e3, "m": 1e6, "b": 1e9}[count[2]]
+    path, _, name = text.partition(":")
+    if not name:
+        raise SettingValueError(
+            f"model={text!r} is neither a number of parameters nor module:Class. Pass one such as 7e9, 7B, 350M, or "
+            "my_package.my_module:MyLightningModule."
+        )
+    return _build_on_meta(path, name, text)
+
+
+def _build_on_meta(path: str, name: str, text: str) -> nn.Module:
+    sys.path.insert(0, "")
+    try:
+        model_class = getattr(importlib.import_module(path), name)
+        with torch.device("meta"):
+            model = model_class()
+            if hasattr(model, "configure_model"):
+                model.configure_model()
+    except (ImportError, AttributeError, TypeError) as error:
+        raise SettingValueError(
+            f"model={text!r} could not be built without arguments: {error}. Pass the number of parameters instead."
+        ) from error
+    finally:
+        sys.path.remove("")
+    if not isinstance(model, nn.Module):
+        raise SettingValueError(f"model={text!r} is a {type(model).__name__}; it must be a torch.nn.Module.")
+    return model

@@ -58,3 +58,37 @@ def test_module_is_the_command() -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[1])
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith("device")
+
+
+@pytest.mark.parametrize("count", ["1e9", "1B", "1000M", "1000000000"])
+def test_plan_prints_the_bytes_of_a_number_of_parameters(count, capsys) -> None:
+    # 2 + 2 bytes of weight, 2 of gradient, 8 of AdamW: 14 bytes for each of 1e9 parameters.
+    assert main(["plan", count, "--master-weights", "split"]) == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["total", f"{14e9 / 2**30:.2f}", "14.00"] in rows
+
+
+def test_plan_builds_a_model_without_taking_its_memory(capsys) -> None:
+    assert main(["plan", "lightning.pytorch.demos.boring_classes:BoringModel", "--optimizer", "sgd"]) == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["total", "0.00", "8.00"] in rows
+
+
+@pytest.mark.parametrize(
+    ("argv", "text"),
+    [
+        (["plan", "seven"], "model='seven' is neither a number of parameters nor module:Class"),
+        (["plan", "no_such_module:Model"], "could not be built without arguments: No module named 'no_such_module'"),
+        (["plan", "torch.nn:Linear"], "model='torch.nn:Linear' could not be built without arguments"),
+        (["plan", "collections:Counter"], "is a Counter; it must be a torch.nn.Module"),
+        (["plan", "1e9", "--precision", "fp16", "--master-weights", "split"], "split"),
+        (["plan", "1e9", "--optimizer", "adamm"], "adamm"),
+    ],
+)
+def test_plan_refuses_with_one_clear_line(argv, text, capsys) -> None:
+    assert main(argv) == 1
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert text in captured.err
+    assert captured.err.startswith("lightning-mp: ")
+    assert captured.err.count("\n") == 1
