@@ -5,6 +5,8 @@ from collections.abc import Collection, Iterator
 import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
+from torch.nn.utils.parametrize import ParametrizationList
+from torch.nn.utils.spectral_norm import SpectralNorm
 
 from lightning_mp.errors import UnsupportedError
 from lightning_mp.master_weights.masters import cast_param_
@@ -21,8 +23,9 @@ def params_to_cast(
 ) -> dict[nn.Parameter, str]:
     """Name the parameters that become 16-bit, each once, in registration order.
 
-    Normalization layers stay FP32 (they are tiny, and CPU norms refuse mixed dtypes), and so does what
-    ``keep_fp32`` holds. FP64, complex, integer and FP8 parameters are left as they are; buffers are
+    Normalization layers stay FP32 (they are tiny, and CPU norms refuse mixed dtypes), and so do the
+    originals of parametrized weights (their functions mix them with FP32 buffers outside of autocast)
+    and what ``keep_fp32`` holds. FP64, complex, integer and FP8 parameters are left as they are; buffers are
     no parameters.
 
     Args:
@@ -74,8 +77,11 @@ def _kept_params(module: nn.Module, keep_fp32: Collection[nn.Parameter | nn.Modu
         else:
             yield kept
     for child in module.modules():
-        if is_normalization(child):
+        if is_normalization(child) or isinstance(child, ParametrizationList):
             yield from child.parameters(recurse=False)
+        for hook in child._forward_pre_hooks.values():
+            if isinstance(hook, SpectralNorm):
+                yield child._parameters[f"{hook.name}_orig"]  # type: ignore[misc]
 
 
 def _is_subclass(param: nn.Parameter) -> bool:

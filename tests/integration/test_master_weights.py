@@ -16,8 +16,10 @@ from lightning.pytorch.callbacks import (
     StochasticWeightAveraging,
 )
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from lightning_mp import MixedPrecision
+from lightning_mp.callbacks.fp32_pin import FP32Pin
 from lightning_mp.errors import SettingValueError, UnsupportedError
 from tests.models import batches, trainer, weights
 
@@ -376,6 +378,19 @@ def test_a_skipped_step_changes_neither_weights_nor_masters() -> None:
         assert_same_weights(results[1], results[0])
 
 
+@pytest.mark.parametrize("mode", MASTERS)
+def test_pinned_modules_keep_fp32_parameters_beside_masters(mode: str) -> None:
+    class Look(Callback):
+        def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+            self.dtypes = {name: param.dtype for name, param in pl_module.named_parameters()}
+
+    look = Look()
+    model, _ = fit(mode, callbacks=[FP32Pin(modules=["head"]), look])
+    assert look.dtypes["head.weight"] is torch.float32
+    assert look.dtypes["tied.weight"] is torch.bfloat16
+    assert not torch.equal(model.head.weight, Net().head.weight)
+
+
 def test_manifest_names_the_master_of_each_module() -> None:
     class Look(Callback):
         def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -385,3 +400,114 @@ def test_manifest_names_the_master_of_each_module() -> None:
     fit("split", callbacks=[look])
     assert (look.rows["head"].master, look.rows["head"].param_dtype) == ("split", torch.bfloat16)
     assert (look.rows["backbone.1"].master, look.rows["backbone.1"].param_dtype) == ("params", torch.float32)
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.attention(x, x, x)[0]
+
+
+class Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(8, 8, 2, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.lstm(x)[0]
+
+
+class Loose(nn.Module):
+    """Parameters of its own, in a list, complex, and an integer buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.matrices = nn.ParameterList([nn.Parameter(torch.randn(8, 8)) for _ in range(2)])
+        self.scale = nn.Parameter(torch.ones(8))
+        self.phase = nn.Parameter(torch.ones(3, dtype=torch.complex64))
+        self.register_buffer("index", torch.arange(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x @ self.matrices[0] @ self.matrices[1]) * self.scale + self.phase.abs().sum()
+
+
+class Adapted(nn.Module):
+    """A frozen layer with a low-rank update, as LoRA has it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.base = nn.Linear(8, 8).requires_grad_(False)
+        self.down = nn.Parameter(torch.randn(8, 2))
+        self.up = nn.Parameter(torch.zeros(2, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) + x @ self.down @ self.up
+
+
+def image() -> Tensor:
+    return torch.randn(4, 3, 8, 8)
+
+
+def sequence() -> Tensor:
+    return torch.randn(4, 5, 8)
+
+
+def tokens() -> Tensor:
+    return torch.randint(0, 10, (4, 5))
+
+
+MODELS: dict[str, tuple[Any, Any]] = {
+    "conv and batch norm": (lambda: nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU()), image),
+    "transposed conv and group norm": (lambda: nn.Sequential(nn.ConvTranspose2d(3, 4, 3), nn.GroupNorm(2, 4)), image),
+    "channels last": (lambda: nn.Conv2d(3, 8, 3).to(memory_format=torch.channels_last), image),
+    "recurrent": (Recurrent, sequence),
+    "attention": (Attention, sequence),
+    "transformer layer": (lambda: nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), sequence),
+    "embedding and rms norm": (lambda: nn.Sequential(nn.Embedding(10, 8), nn.RMSNorm(8), nn.Linear(8, 8)), tokens),
+    "embedding bag": (lambda: nn.EmbeddingBag(10, 8), tokens),
+    "loose parameters": (Loose, sequence),
+    "low-rank adapters": (Adapted, sequence),
+    "weight norm": (lambda: nn.utils.parametrizations.weight_norm(nn.Linear(8, 8)), sequence),
+    "spectral norm": (lambda: nn.utils.parametrizations.spectral_norm(nn.Linear(8, 8)), sequence),
+    "spectral norm by hook": (lambda: nn.utils.spectral_norm(nn.Linear(8, 8)), sequence),
+}
+
+
+# torch 2.13 on a CPU: an RMS norm with FP32 weights and a BF16 input runs unfused, under plain autocast too.
+@pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")
+@pytest.mark.parametrize("name", MODELS)
+def test_models_of_every_kind_train_and_split_equals_copy(name: str) -> None:
+    build, sample = MODELS[name]
+
+    class Wrapped(LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.inner = build()
+
+        def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+            return self.inner(batch).float().square().mean()
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.AdamW([param for param in self.parameters() if param.requires_grad], LR)
+
+    torch.manual_seed(1)
+    data = DataLoader([sample() for _ in range(3)], batch_size=None)
+    models = {}
+    for mode in ("start", *MASTERS):
+        models[mode] = Wrapped()
+        if mode != "start":
+            trainer(plugin(mode), max_epochs=2).fit(models[mode], data)
+    moved = 0
+    for left, right, first in zip(*(models[mode].parameters() for mode in ("split", "copy", "start")), strict=True):
+        assert left.dtype is right.dtype is first.dtype
+        assert torch.equal(left, right)
+        moved += int(not torch.equal(left, first))
+    assert moved > 0
+    assert all(
+        torch.equal(left, right)
+        for left, right in zip(models["split"].buffers(), models["copy"].buffers(), strict=True)
+    )
