@@ -1,7 +1,12 @@
 """Mixed-precision training for PyTorch Lightning: fast, small and visible."""
 
 from lightning_mp.__about__ import __version__
-from lightning_mp.callbacks import GradientRangeMonitor, LossScaleMonitor, PrecisionSummary
+from lightning_mp.callbacks import (
+    GradientRangeMonitor,
+    LossScaleMonitor,
+    OverflowMonitor,
+    PrecisionSummary,
+)
 from lightning_mp.errors import (
     FP8UnavailableError,
     LightningMPError,
@@ -22,6 +27,7 @@ __all__ = [
     "LossScaleMonitor",
     "MixedPrecision",
     "OverflowFoundError",
+    "OverflowMonitor",
     "PrecisionSummary",
     "StaticLossScale",
     "UnmatchedPatternError",

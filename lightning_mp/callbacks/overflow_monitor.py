@@ -1,0 +1,374 @@
+"""Callback that names the module or parameter where a step went non-finite."""
+
+import math
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning_utilities.core.rank_zero import rank_zero_warn
+from torch import Tensor
+from torch.nn import Parameter
+from torch.optim import Optimizer
+
+from lightning_mp.callbacks.event_log import EventLog, gather_events, run_directory
+from lightning_mp.callbacks.overflow_watch import (
+    HeldBatch,
+    ScalerWatch,
+    reason_against_replay,
+    save_batch,
+    training_loss,
+)
+from lightning_mp.errors import OverflowFoundError, SettingValueError
+from lightning_mp.grad_scaler import gradient_amaxes, supports_skip_on_device
+from lightning_mp.loss_scale import DynamicLossScale
+from lightning_mp.overflow import (
+    Finding,
+    OverflowEvent,
+    copy_containers,
+    describe_event,
+    find_culprit,
+    find_in_gradients,
+    replay,
+)
+from lightning_mp.precision import MixedPrecision, StepReport
+from lightning_mp.precision.notices import notice, notice_once
+
+__all__ = ["OverflowEvent", "OverflowMonitor"]
+
+Probe = Literal["replay", "gradients", "always"]
+OnOverflow = Literal["warn", "raise", "log"]
+
+_UNKNOWN = Finding("backward", "unknown", "inf", 0)
+
+
+class OverflowMonitor(Callback):
+    """Say which module or parameter went non-finite, in which phase, whenever a step has Inf or NaN gradients.
+
+    A step without overflow costs one snapshot of torch's random states (about 3 us): no hook and no
+    host sync. With ``probe="replay"`` the offending batch is computed once more under probes. That leaves
+    random states, gradients, buffers, metrics, logs, attributes of modules and progress as they were.
+    torch's random numbers are rewound for it; Python's and NumPy's are only protected. Not protected:
+    direct calls of ``logger.experiment``, what ``training_step`` writes to parameters or to objects
+    outside modules. A batch is held one step longer, under accumulation all batches of a step.
+
+    With an optimizer that skips on the device (fused Adam, AdamW) the event comes one step late, before the
+    next update. Manual optimization, ``dataloader_iter``, sharding strategies and a replay that fails
+    (as by reentrant checkpointing) fall back to ``"gradients"``, which is said once.
+
+    It works with ``MixedPrecision`` in every precision, and with the ``GradScaler`` of Lightning's own
+    plugins. Plugins that look at no gradient (FP32 and BF16 of Lightning) give no events.
+
+    Args:
+        probe: ``"replay"``; ``"gradients"`` only looks at the parameters' gradients and names a parameter;
+            ``"always"`` keeps the probes on in every step, which is slow and works where a replay does
+            not show the same again.
+        on_overflow: ``"warn"``, once per culprit; ``"raise"`` stops the run; ``"log"`` only keeps the event.
+            Gradient overflows of a dynamic scale that still looks for its value are never alarmed.
+        save_batch: Whether to write the batch to ``overflow-step{step}-rank{rank}.pt``, a dict of
+            ``batch``, ``batch_idx``, ``step``, ``rng`` (``"cpu"``, ``"cuda"``) and ``loss_scale``.
+        dirpath: Directory of event log and batches; ``None`` for that of the logger.
+
+    Attributes:
+        events: Frozen events in order, of all ranks.
+
+    Raises:
+        SettingValueError: If ``probe`` or ``on_overflow`` has another value.
+        OverflowFoundError: In training, if ``on_overflow="raise"``.
+
+    Example:
+        >>> OverflowMonitor(probe="gradients").events
+        []
+    """
+
+    def __init__(
+        self,
+        probe: Probe = "replay",
+        on_overflow: OnOverflow = "warn",
+        save_batch: bool = False,
+        dirpath: str | Path | None = None,
+    ) -> None:
+        _check("probe", probe, get_args(Probe))
+        _check("on_overflow", on_overflow, get_args(OnOverflow))
+        self.probe = probe
+        self.on_overflow = on_overflow
+        self.save_batch = save_batch
+        self.dirpath = dirpath
+        self.event_log = EventLog("overflow", dirpath)
+        self.events: list[OverflowEvent] = []
+        self._forget()
+
+    def _forget(self) -> None:
+        """Drop everything that belongs to a run."""
+        self._method: Probe = self.probe
+        self._trainer: Trainer | None = None
+        self._module: LightningModule | None = None
+        self._plugin: MixedPrecision | None = None
+        self._watch: ScalerWatch | None = None
+        self._directory: Path | None = None
+        self._window: list[HeldBatch] = []
+        self._attempted: list[HeldBatch] = []
+        self._amaxes: tuple[list[Parameter], Tensor] | None = None
+        self._has_gradients = False
+        self._has_applied = False
+        self._alarmed: set[tuple[str, str, str]] = set()
+        self._unlogged: dict[str, float] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        # The copy that a launcher or deepcopy makes listens to nothing until it trains.
+        fresh = OverflowMonitor(self.probe, self.on_overflow, self.save_batch, self.dirpath)
+        return {**fresh.__dict__, "event_log": self.event_log, "events": list(self.events)}
+
+    # --- Beginning and end -----------------------------------------------------------------------
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # Not earlier: on_fit_start also comes before the learning-rate finder's probing.
+        self._release()
+        self._trainer, self._module = trainer, pl_module
+        self.event_log.open(trainer)
+        logged = [OverflowEvent(**event) for event in self.event_log.read()]
+        kept = [event for event in self.events if event.step < trainer.global_step]
+        self.events = logged if len(logged) > len(kept) else kept
+        if self.save_batch and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            directory = str(run_directory(trainer, self.dirpath) or trainer.default_root_dir)
+            self._directory = Path(trainer.strategy.broadcast(directory))
+        reason = reason_against_replay(trainer, pl_module) if self.probe == "replay" else None
+        if reason is not None:
+            self._fall_back(reason)
+        self._listen(trainer)
+
+    def _listen(self, trainer: Trainer) -> None:
+        plugin = trainer.precision_plugin
+        if isinstance(plugin, MixedPrecision):
+            self._plugin = plugin
+            plugin.add_step_listener(self._on_report)
+            return
+        scaler = getattr(plugin, "scaler", None)
+        if scaler is not None and scaler.is_enabled():
+            self._watch = ScalerWatch(scaler, self._on_report)
+            return
+        notice_once(
+            f"OverflowMonitor: {type(plugin).__name__} without a loss scale looks at no gradient, so that there are no "
+            "events. Use MixedPrecision(...), which checks every step."
+        )
+
+    def _fall_back(self, reason: str) -> None:
+        self._method = "gradients"
+        notice_once(f"OverflowMonitor: probe='replay' falls back to 'gradients', which names a parameter: {reason}.")
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._settle()
+        self._release()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._release()
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._release()
+
+    def _release(self) -> None:
+        for held in self._window[-1:]:
+            held.unwatch()
+        if self._plugin is not None:
+            self._plugin.remove_step_listener(self._on_report)
+        self.event_log.close()
+        self._forget()
+
+    # --- Steps -----------------------------------------------------------------------------------
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if self._window is self._attempted:
+            self._window = []
+        held = HeldBatch(copy_containers(batch), batch_idx)
+        self._window.append(held)
+        if self._method == "always":
+            held.watch(pl_module)
+
+    def on_before_zero_grad(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        # The last moment at which the gradients of the previous step are there.
+        if self._method == "gradients":
+            self._settle()
+        self._has_gradients = False
+
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        if self._window:
+            self._window[-1].note_loss(loss)
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        if self._watch is not None:
+            self._watch.before_step(trainer.global_step)
+        self._attempted, self._has_gradients = self._window, True
+        self._amaxes = gradient_amaxes(optimizer) if self._loses_gradients(pl_module, optimizer) else None
+        if self._window:
+            self._window[-1].note_gradients(optimizer)
+
+    def _loses_gradients(self, pl_module: LightningModule, optimizer: Optimizer) -> bool:
+        """Tell whether nobody can look at this step's gradients any more when its outcome is known."""
+        if self._plugin is None:
+            return False
+        if self._plugin.policy.on_nonfinite == "ignore":
+            return True
+        return not pl_module.automatic_optimization and supports_skip_on_device(optimizer)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self._window:
+            self._window[-1].unwatch()
+        if self._watch is not None:
+            self._watch.after_step()
+        loop = trainer.fit_loop
+        # Validation changes the mode of the modules and takes no gradients.
+        if loop.epoch_loop._should_check_val_fx(loop._data_fetcher):  # type: ignore[arg-type]
+            self._settle()
+        for name, count in self._unlogged.items():
+            pl_module.log(name, count, on_step=True, on_epoch=False, logger=False)
+        self._unlogged.clear()
+
+    def _settle(self) -> None:
+        if self._plugin is not None:
+            self._plugin.settle()
+        if self._watch is not None:
+            self._watch.settle()
+
+    # --- Events ----------------------------------------------------------------------------------
+
+    def _on_report(self, report: StepReport) -> str | None:
+        """Look into a settled step; return the culprit for the plugin's messages."""
+        trainer, module = self._trainer, self._module
+        # A learning-rate finder that probes during training takes the callbacks away, not the plugin.
+        if trainer is None or module is None or self not in trainer.callbacks:  # type: ignore[attr-defined]
+            return None
+        if not report.found_inf:
+            self._has_applied = True
+            return None
+        events = self._investigate(trainer, module, report)
+        self.events += events
+        for event in events:
+            self._publish(trainer, event)
+        for event in events:
+            self._alarm(event)
+        return f"{events[0].fqn} ({events[0].phase})"
+
+    def _investigate(self, trainer: Trainer, module: LightningModule, report: StepReport) -> list[OverflowEvent]:
+        found, failure = self._find(trainer, module, report)
+        held, finding = found if found is not None else (None, None)
+        event = self._make_event(trainer, report, held, finding) if finding is not None else None
+        answers = gather_events([(event, failure)])
+        events = [event for event, _ in answers if event is not None]
+        failure = next((failure for _, failure in answers if failure is not None), None)
+        if failure is not None and self._method == "replay":
+            self._fall_back(failure)
+        if not events:
+            held = self._attempted[-1] if self._attempted else None
+            event = self._make_event(trainer, report, held, self._find_in_gradients(module, report))
+            # Reduced gradients are the same on all ranks, shards are not: the first rank that knows a name.
+            every = gather_events([event])
+            events = [next((e for e in every if e.fqn != _UNKNOWN.fqn), every[0])]
+        if self._directory is not None and held is not None:
+            save_batch(self._directory, held, report, trainer.global_rank)
+        return events
+
+    def _find(
+        self, trainer: Trainer, module: LightningModule, report: StepReport
+    ) -> tuple[tuple[HeldBatch, Finding] | None, str | None]:
+        """Return the batch and the finding of replay or probes, and why the replay failed if it did."""
+        if self._method == "gradients":
+            return None, None
+        if self._method == "replay" and not report.skipped:
+            return None, "the update was applied (on_nonfinite='ignore'), so that its weights are gone"
+        if self._method == "replay" and not module.training:
+            return None, None
+        try:
+            for held in self._attempted:
+                finding = self._look_at(trainer, module, held, report)
+                if finding is not None:
+                    return (held, finding), None
+        # Watching must not end a run: whatever the user's code or the device raises is said, once.
+        except Exception as error:
+            return None, f"the replay failed with {type(error).__name__}: {error}"
+        return None, None
+
+    def _look_at(
+        self, trainer: Trainer, module: LightningModule, held: HeldBatch, report: StepReport
+    ) -> Finding | None:
+        if held.seen is not None:
+            if self._plugin is not None and not report.loss_nonfinite:
+                # The loss that was noted is the scaled one, which may overflow by itself.
+                held.seen.loss = []
+            held.seen.statistics.read()
+            return find_culprit(held.seen)
+        return replay(
+            module,
+            partial(training_loss, trainer, module, held.batch_idx),
+            held.batch,
+            rng=held.rng,
+            loss_scale=report.loss_scale,
+            region=trainer.precision_plugin.forward_context,
+            silenced=("log", "log_dict"),
+        )
+
+    def _find_in_gradients(self, module: LightningModule, report: StepReport) -> Finding:
+        if self._amaxes is not None:
+            params, amaxes = self._amaxes
+            largest = dict(zip(map(id, params), amaxes.tolist(), strict=True))
+            for name, parameter in reversed(list(module.named_parameters())):
+                value = largest.get(id(parameter), 0.0)
+                if not math.isfinite(value):
+                    return Finding("backward", name, "nan" if math.isnan(value) else "inf", 0, {"grad": value})
+        found = find_in_gradients(module.named_parameters()) if self._has_gradients else None
+        if found is None and report.loss_nonfinite:
+            return Finding("loss", "loss", "nan", 0)
+        return found or _UNKNOWN
+
+    def _make_event(
+        self, trainer: Trainer, report: StepReport, held: HeldBatch | None, finding: Finding
+    ) -> OverflowEvent:
+        return OverflowEvent(
+            step=report.step,
+            batch_idx=held.batch_idx if held is not None else -1,
+            rank=trainer.global_rank,
+            phase=finding.phase,
+            fqn=finding.fqn,
+            kind=finding.kind,
+            count=finding.count,
+            amax=finding.amax,
+            loss_scale=report.loss_scale,
+            calibrating=self._is_calibrating(),
+        )
+
+    def _is_calibrating(self) -> bool:
+        if self._plugin is None:
+            return not self._has_applied
+        scaler = self._plugin.scaler
+        return scaler is not None and isinstance(scaler.rule, DynamicLossScale) and self._plugin.applied_steps == 0
+
+    def _publish(self, trainer: Trainer, event: OverflowEvent) -> None:
+        """Write the event to its log and to the loggers at once: log steps would miss most events."""
+        self.event_log.append(event)
+        name = f"overflow/{event.fqn}/nonfinite"
+        self._unlogged[name] = float(event.count)
+        for logger in trainer.loggers:
+            logger.log_metrics({name: float(event.count)}, step=event.step)
+
+    def _alarm(self, event: OverflowEvent) -> None:
+        if event.calibrating and event.phase == "backward":
+            return
+        if self.on_overflow == "raise":
+            raise OverflowFoundError(
+                f"on_overflow='raise': {describe_event(event)} Its update was not applied. "
+                "Use on_overflow='warn' to go on."
+            )
+        culprit = (event.phase, event.fqn, event.kind)
+        if culprit in self._alarmed:
+            return
+        self._alarmed.add(culprit)
+        if self.on_overflow == "warn":
+            rank_zero_warn(f"OverflowMonitor: {describe_event(event)} Said once for this culprit; events has them all.")
+        else:
+            notice(f"OverflowMonitor: {describe_event(event)}")
+
+
+def _check(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise SettingValueError(f"{name}={value!r} is not known. Use one of {', '.join(map(repr, allowed))}.")

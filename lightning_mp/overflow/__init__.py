@@ -1,0 +1,23 @@
+"""Which module or parameter went non-finite: probes, replay of a batch, and attribution."""
+
+from lightning_mp.overflow.attribution import Observation, find_culprit
+from lightning_mp.overflow.event import Finding, OverflowEvent, OverflowPhase, describe_event
+from lightning_mp.overflow.gradients import find_in_gradients
+from lightning_mp.overflow.preserve import RandomState
+from lightning_mp.overflow.probes import ModuleCall, Probes
+from lightning_mp.overflow.replay import copy_containers, replay
+
+__all__ = [
+    "Finding",
+    "ModuleCall",
+    "Observation",
+    "OverflowEvent",
+    "OverflowPhase",
+    "Probes",
+    "RandomState",
+    "copy_containers",
+    "describe_event",
+    "find_culprit",
+    "find_in_gradients",
+    "replay",
+]

@@ -1,0 +1,169 @@
+"""Hooks on every module that note what goes in and out, forward and backward, without host syncs."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_mp.overflow.aliases import separate_aliases
+from lightning_mp.overflow.statistics import Statistics, Wanted, named_tensors
+from lightning_mp.selection import clean_fqn
+
+__all__ = ["ModuleCall", "Probes"]
+
+
+@dataclass(eq=False, slots=True)
+class ModuleCall:
+    """One call of one module: places of its numbers in the ``Statistics``.
+
+    Args:
+        fqn: Dotted name under which it was called; empty for the model itself.
+        module: The module.
+        parent: The call from within which it was called.
+        inputs: Its tensors among arguments.
+        outputs: What it returned.
+        output_grads: Gradients that came in during backward.
+        input_grads: Gradients that went out, from this call alone.
+        finished: Position among the ends of all calls; ``None`` if it did not return.
+        backward_started: Position of its first incoming gradient in the backward pass.
+    """
+
+    fqn: str
+    module: nn.Module
+    parent: "ModuleCall | None"
+    inputs: Wanted = field(default_factory=list)
+    outputs: Wanted = field(default_factory=list)
+    output_grads: Wanted = field(default_factory=list)
+    input_grads: Wanted = field(default_factory=list)
+    finished: int | None = None
+    backward_started: int | None = None
+
+    def is_inside(self, other: "ModuleCall") -> bool:
+        """Tell whether this call happened during ``other``."""
+        parent = self.parent
+        while parent is not None and parent is not other:
+            parent = parent.parent
+        return parent is other
+
+
+class Probes:
+    """Notes every module call of a model while the block runs, and the gradients of those calls.
+
+    Arguments that need a gradient are handed on as views: the gradient of such a view is what this call
+    alone sends back, where the tensor itself would add up all its uses, as in a residual block.
+
+    Args:
+        model: The module to watch, with all inside it.
+        tells_aliases_apart: Whether names of a shared module within one parent are told apart. Stand-ins
+            do it, on which an attribute that a ``forward`` sets is lost: not for a real step.
+
+    Attributes:
+        calls: In the order in which they began.
+        statistics: Holds the numbers; the caller reads it.
+    """
+
+    def __init__(self, model: nn.Module, *, tells_aliases_apart: bool = True) -> None:
+        self.calls: list[ModuleCall] = []
+        self.statistics = Statistics()
+        self._model = model
+        self._tells_aliases_apart = tells_aliases_apart
+        self._names: dict[int, list[str]] = {}
+        self._active: list[ModuleCall] = []
+        self._handles: list[Any] = []
+        self._restore: Callable[[], None] | None = None
+        self._clock = 0
+
+    def __enter__(self) -> "Probes":
+        self._restore = separate_aliases(self._model) if self._tells_aliases_apart else None
+        modules: dict[int, nn.Module] = {}
+        for name, module in self._model.named_modules(remove_duplicate=False):
+            modules[id(module)] = module
+            self._names.setdefault(id(module), []).append(clean_fqn(name, self._model))
+        for module in modules.values():
+            self._handles.append(module.register_forward_pre_hook(self._before, with_kwargs=True))
+            self._handles.append(module.register_forward_hook(self._after, with_kwargs=True))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._active.clear()
+        if self._restore is not None:
+            self._restore()
+
+    def _tick(self) -> int:
+        self._clock += 1
+        return self._clock
+
+    def _name(self, module: nn.Module) -> str:
+        """Return the name by which the innermost running call knows the module."""
+        names = self._names[id(module)]
+        for call in reversed(self._active):
+            prefix = f"{call.fqn}." if call.fqn else ""
+            inside = [name for name in names if name.startswith(prefix)]
+            if inside:
+                return min(inside, key=lambda name: name.count("."))
+        return names[0]
+
+    def _before(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        if _is_recomputing():
+            return None
+        call = ModuleCall(self._name(module), module, self._active[-1] if self._active else None)
+        self.calls.append(call)
+        self._active.append(call)
+        tensors = [tensor for _, tensor in named_tensors([args, kwargs])]
+        call.inputs = self.statistics.add(tensors)
+        if not torch.is_grad_enabled():
+            return None
+        views: dict[int, Tensor] = {}
+
+        def view(value: Any) -> Any:
+            # A plain tensor only, and one view per tensor: attention asks whether query is key.
+            if type(value) is not Tensor or not value.requires_grad:
+                return value
+            if id(value) not in views:
+                views[id(value)] = value.view_as(value)
+            return views[id(value)]
+
+        args = tuple(view(value) for value in args)
+        kwargs = {name: view(value) for name, value in kwargs.items()}
+        for tensor in {id(t): t for _, t in named_tensors([args, kwargs]) if t.requires_grad}.values():
+            self._watch(tensor, call, call.input_grads)
+        return args, kwargs
+
+    def _after(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        if _is_recomputing():
+            return
+        # A call that ended by an exception which somebody caught is still on the stack.
+        while self._active and self._active[-1].module is not module:
+            self._active.pop()
+        if not self._active:
+            return
+        call = self._active.pop()
+        call.finished = self._tick()
+        tensors = [tensor for _, tensor in named_tensors(output)]
+        call.outputs = self.statistics.add(tensors)
+        for tensor in {id(t): t for t in tensors if t.requires_grad}.values():
+            self._watch(tensor, call, call.output_grads)
+
+    def _watch(self, tensor: Tensor, call: ModuleCall, grads: Wanted) -> None:
+        def note(grad: Tensor) -> None:
+            if grads is call.output_grads and call.backward_started is None:
+                call.backward_started = self._tick()
+            grads.extend(self.statistics.add([grad]))
+
+        handle = tensor.register_hook(note)  # type: ignore[no-untyped-call]
+        if tensor.is_leaf:
+            # A parameter or a batch outlives the graph.
+            self._handles.append(handle)
+
+
+def _is_recomputing() -> bool:
+    """Tell whether the autograd engine runs, as when activation checkpointing computes a second time."""
+    return torch._C._current_graph_task_id() != -1

@@ -1,0 +1,157 @@
+"""What a tensor holds that is not finite, collected on its device and read once at the end."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_mp.numerics import NonfiniteKind, amax, nonfinite_kind
+
+__all__ = ["Statistics", "TensorStats", "Wanted", "named_tensors"]
+
+_MAX_DEPTH = 8
+
+
+@dataclass(frozen=True)
+class TensorStats:
+    """Numbers of one tensor, or of several together.
+
+    Args:
+        num_positive_inf: Elements equal to infinity.
+        num_negative_inf: Elements equal to minus infinity.
+        num_nan: Elements that are NaN.
+        amax: Largest magnitude as ``numerics.amax`` gives it: infinity counts, NaN gives NaN;
+            ``None`` if there was no tensor.
+    """
+
+    num_positive_inf: int = 0
+    num_negative_inf: int = 0
+    num_nan: int = 0
+    amax: float | None = None
+
+    @property
+    def count(self) -> int:
+        """Elements that are not finite."""
+        return self.num_positive_inf + self.num_negative_inf + self.num_nan
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether every element is finite."""
+        return self.count == 0
+
+    @property
+    def is_bad(self) -> bool:
+        """Whether there is NaN or infinity; minus infinity alone is what masks are made of."""
+        return self.num_positive_inf + self.num_nan > 0
+
+    @property
+    def kind(self) -> NonfiniteKind | None:
+        """``"inf"``, ``"nan"``, ``"both"``, or ``None`` if all is finite."""
+        return nonfinite_kind(self.num_positive_inf + self.num_negative_inf, self.num_nan)
+
+    @staticmethod
+    def joined(several: Iterable["TensorStats"]) -> "TensorStats":
+        """Return the numbers of several tensors together."""
+        stats = list(several)
+        amaxes = [s.amax for s in stats if s.amax is not None]
+        return TensorStats(
+            sum(s.num_positive_inf for s in stats),
+            sum(s.num_negative_inf for s in stats),
+            sum(s.num_nan for s in stats),
+            # max() would depend on the place of a NaN.
+            next((a for a in amaxes if a != a), max(amaxes, default=None)),
+        )
+
+
+# Places in a ``Statistics``, to be looked up after its ``read``.
+Wanted = list[int]
+
+
+class Statistics:
+    """Measures tensors without asking the host; ``read`` asks once for all of them."""
+
+    def __init__(self) -> None:
+        self._counts: list[Tensor] = []
+        self._amaxes: list[Tensor] = []
+        self._results: list[TensorStats] = []
+
+    def add(self, tensors: Iterable[Tensor]) -> Wanted:
+        """Measure the floating-point tensors among ``tensors`` and return where their numbers will be."""
+        places = []
+        for tensor in tensors:
+            values = _values(tensor)
+            if values is not None:
+                places.append(len(self._counts))
+                self._measure(values)
+        return places
+
+    @torch.no_grad()
+    def _measure(self, values: Tensor) -> None:
+        # isinf and isnan of FP8 tensors are missing on some devices, and every format casts exactly.
+        wide = values if values.dtype.itemsize > 1 else values.float()
+        counts = [torch.isposinf(wide).sum(), torch.isneginf(wide).sum(), torch.isnan(wide).sum()]
+        self._counts.append(torch.stack(counts))
+        self._amaxes.append(amax(values).float())
+
+    def read(self) -> None:
+        """Read what was added since the last call; waits for the devices."""
+        start = len(self._results)
+        # One transfer per device would do; tensors of several devices are rare, so they go one by one.
+        counts = _to_lists(self._counts[start:])
+        amaxes = _to_lists(self._amaxes[start:])
+        self._results += [TensorStats(c[0], c[1], c[2], a) for c, a in zip(counts, amaxes, strict=True)]
+
+    def of(self, wanted: Wanted) -> TensorStats:
+        """Return the numbers of the tensors at these places together, after ``read``."""
+        return TensorStats.joined(self._results[place] for place in wanted)
+
+
+def _to_lists(tensors: list[Tensor]) -> list[Any]:
+    if len({t.device for t in tensors}) > 1:
+        return [t.tolist() for t in tensors]
+    return torch.stack(tensors).tolist() if tensors else []
+
+
+def _values(tensor: Tensor) -> Tensor | None:
+    """Return the real, dense, local numbers of a tensor; ``None`` for one that cannot overflow."""
+    values = tensor.detach()
+    if hasattr(values, "to_local"):
+        values = values.to_local()
+    if values.layout in (torch.sparse_coo, torch.sparse_csr):
+        values = values._values() if values.layout is torch.sparse_coo else values.values()
+    if values.is_complex():
+        values = torch.view_as_real(values)
+    if values.layout is not torch.strided or not values.is_floating_point() or values.is_meta:
+        return None
+    return values
+
+
+def named_tensors(value: Any, name: str = "", depth: int = 0) -> Iterator[tuple[str, Tensor]]:
+    """Find the tensors in nested mappings, sequences, dataclasses and plain objects, with dotted paths.
+
+    Example:
+        >>> [path for path, _ in named_tensors([torch.zeros(1), {"mask": torch.ones(1)}])]
+        ['0', '1.mask']
+    """
+    if isinstance(value, Tensor):
+        yield name, value
+        return
+    for key, item in _items(value) if depth < _MAX_DEPTH else ():
+        yield from named_tensors(item, f"{name}.{key}" if name else str(key), depth + 1)
+
+
+def _items(value: Any) -> Iterable[tuple[Any, Any]]:
+    if isinstance(value, Mapping):
+        return value.items()
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return zip(value._fields, value, strict=True)
+    if isinstance(value, list | tuple):
+        return enumerate(value)
+    if is_dataclass(value) and not isinstance(value, type):
+        return [(f.name, getattr(value, f.name)) for f in fields(value)]
+    # Graphs and other batches of a library's own; modules and functions are no data.
+    if isinstance(value, str | bytes | type | torch.nn.Module) or callable(value):
+        return ()
+    return getattr(value, "__dict__", {}).items()
