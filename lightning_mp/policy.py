@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from lightning_mp.errors import SettingTypeError, SettingValueError
+from lightning_mp.fp8 import FP8Config
 from lightning_mp.loss_scale import DynamicLossScale, LossScaleRule, parse_loss_scale
 
 __all__ = ["PrecisionPolicy"]
@@ -47,7 +48,7 @@ class PrecisionPolicy:
     precision: str
     loss_scale: LossScaleRule | None = None
     master_weights: str = "params"
-    fp8: Any = None
+    fp8: FP8Config | None = None
     reduce_dtype: str = "fp32"
     on_nonfinite: str = "skip"
     hold_schedulers: bool = True
@@ -78,7 +79,7 @@ class PrecisionPolicy:
             precision=_parse_precision(precision),
             loss_scale=parse_loss_scale(loss_scale),
             master_weights=_parse_choice("master_weights", master_weights, _MASTER_WEIGHTS),
-            fp8=fp8,
+            fp8=_parse_fp8(precision, fp8),
             reduce_dtype=_parse_choice("reduce_dtype", reduce_dtype, tuple(_REDUCE_DTYPES)),
             on_nonfinite=_parse_choice("on_nonfinite", on_nonfinite, _ON_NONFINITE),
             hold_schedulers=hold_schedulers,
@@ -134,6 +135,13 @@ class PrecisionPolicy:
                 f"master_weights='split' is set beside precision={self.precision!r}. FP32 is a BF16 value plus 16 "
                 "further bits, but no FP16 value plus 16 bits. Use master_weights='copy', or precision='bf16'."
             )
+
+
+def _parse_fp8(precision: str | int, value: Any) -> FP8Config | None:
+    """Return the settings, the default ones for FP8 where none are given."""
+    if value is None and _parse_precision(precision) != "fp8":
+        return None
+    return FP8Config.parse(value)
 
 
 def _parse_precision(value: str | int) -> str:

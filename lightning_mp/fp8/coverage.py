@@ -96,8 +96,8 @@ def plan_layers(
     for fqn, layer in layers.items():
         reason = (
             ("the model brings layers of Transformer Engine and is left as it is" if is_foreign else "")
-            or _ineligible(layer)
             or ("pinned to FP32" if layer in kept else "")
+            or _ineligible(layer)
             or ("excluded" if layer in excluded else "")
             or ("not in include" if included is not None and layer not in included else "")
             or heads.get(layer, "")

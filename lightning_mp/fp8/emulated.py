@@ -106,14 +106,19 @@ class EmulatedBackend(LayerBackend):
         """
         if torch.compiler.is_compiling() or not self.settings.cache_weights:
             self._count_cast()
-            return self.quantize(weight, "weight", is_recorded=is_recorded)
+            return self.quantize(self._values_of(weight), "weight", is_recorded=is_recorded)
         if self._cached is None or not _is_same(self._cached.source, weight):
             self._count_cast()
             # What evaluation casts in inference mode must serve a later training step too.
             with torch.inference_mode(False), torch.no_grad():
-                quantized = self.quantize(weight, "weight", is_recorded=is_recorded)
+                quantized = self.quantize(self._values_of(weight), "weight", is_recorded=is_recorded)
                 self._cached = _CachedWeight(weight.detach().clone(), quantized)
         return self._cached.quantized
+
+    def _values_of(self, weight: Tensor) -> Tensor:
+        source = self.settings.step.weight_source
+        is_asked = source is not None and isinstance(weight, nn.Parameter) and not torch.compiler.is_compiling()
+        return source(weight) if source is not None and is_asked else weight  # type: ignore[arg-type]
 
     def _count_cast(self) -> None:
         if not torch.compiler.is_compiling():
@@ -125,6 +130,8 @@ class EmulatedBackend(LayerBackend):
     def end_step(self, *, has_amax: bool) -> None:
         if self.delayed is not None and has_amax:
             self.delayed.update()
+        # Masters change below what the weight's own bits show, and delayed scales change by themselves.
+        if (self.delayed is not None and has_amax) or self.settings.step.weight_source is not None:
             self._cached = None
 
 

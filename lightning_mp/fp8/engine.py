@@ -1,13 +1,13 @@
 """``FP8Engine``: gives layers of a model FP8 products, and takes them back."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_mp.errors import SettingValueError, UnsupportedError
 from lightning_mp.fp8 import transformer_engine
@@ -80,6 +80,8 @@ class FP8Engine:
             raise UnsupportedError("This FP8Engine holds converted layers already. Call revert_() first.")
         if self._has_delayed_scaling:
             _refuse_compiled(module)
+        if not self.is_emulated:
+            self._session = transformer_engine.EngineSession(self.recipe)
         planned = plan_layers(module, self.config, keep=keep)
         self.rows = tuple(row for row, _ in planned)
         if not any(row.converted for row in self.rows) and (self.is_emulated or not brings_transformer_engine(module)):
@@ -91,6 +93,18 @@ class FP8Engine:
                 self._layers[row.fqn] = layer
         self._apply_state()
         return self.rows
+
+    @property
+    def is_converted(self) -> bool:
+        """Whether layers are converted now."""
+        return bool(self._layers)
+
+    def take_weights_from(self, source: Callable[[nn.Parameter], Tensor] | None) -> None:
+        """Cast the values that ``source`` returns for a weight, such as its FP32 master, instead of its own.
+
+        Only the emulated backend does; Transformer Engine casts the parameter that it is given.
+        """
+        self._step.weight_source = source
 
     def revert_(self) -> None:
         """Give all layers their class back. What must survive, such as amax history, is kept for the next model."""
@@ -113,9 +127,10 @@ class FP8Engine:
             transformer_engine.check_available(self.recipe, device)
 
     def _new_backend(self) -> LayerBackend:
-        if isinstance(self.recipe, PassThroughRecipe) or not self.is_emulated:
-            self._session = self._session or transformer_engine.EngineSession(self.recipe)
+        if self._session is not None:
             return transformer_engine.EngineBackend(self._settings, self._session)
+        if isinstance(self.recipe, PassThroughRecipe):
+            raise UnsupportedError(f"recipe={self.recipe.name!r} runs only on Transformer Engine.")
         return EmulatedBackend(self._settings, self.recipe)
 
     # --- What users read -------------------------------------------------------------------------
@@ -278,7 +293,9 @@ def _require_emulated(recipe: FP8Recipe) -> FP8Recipe:
 
 def _refuse_compiled(module: nn.Module) -> None:
     for fqn, inner in module.named_modules():
-        is_compiled = getattr(inner, "_compiled_call_impl", None) is not None or hasattr(inner, "_compiler_ctx")
+        # Module.compile sets the first; Lightning sets the second when it unwraps a compiled LightningModule.
+        marks = (getattr(inner, name, None) for name in ("_compiled_call_impl", "_compiler_ctx"))
+        is_compiled = any(mark is not None for mark in marks)
         if is_compiled or isinstance(inner, torch._dynamo.eval_frame.OptimizedModule):
             raise UnsupportedError(
                 f"recipe='delayed' cannot run under torch.compile ({fqn or type(module).__name__} is compiled): its "

@@ -1,6 +1,8 @@
 """``FP8Linear``: the class that a converted ``nn.Linear`` has while it runs in FP8."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,10 +19,16 @@ class StepFlags:
     Args:
         collects: Whether casts are measured.
         has_amax: Whether an amax was recorded since the last update of delayed scaling.
+        weight_source: Returns the values to cast for a weight; ``None``: its own.
     """
 
     collects: bool = False
     has_amax: bool = False
+    weight_source: Callable[[nn.Parameter], Tensor] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Copies and pickles of a layer leave the run, and its masters, behind.
+        return {"collects": False, "has_amax": False, "weight_source": None}
 
 
 @dataclass(frozen=True)

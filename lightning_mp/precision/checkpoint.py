@@ -22,7 +22,7 @@ from lightning_mp.loss_scale import (
 )
 from lightning_mp.precision.steps import StepLedger
 
-__all__ = ["LEGACY_KEYS", "dump_state", "restore_ledger", "restore_scaler", "saved_precision"]
+__all__ = ["LEGACY_KEYS", "dump_state", "restore_ledger", "restore_scaler", "saved_fp8", "saved_precision"]
 
 _VERSION = 1
 _EXTRAS = "lightning_mp"
@@ -32,7 +32,14 @@ _COUNTS = ("attempts", "applied_steps", "skipped_steps", "consecutive_skips", "f
 _FLAT_SETTINGS = ("growth_factor", "backoff_factor", "growth_interval")
 
 
-def dump_state(precision: str, scaler: LossScaler | None, ledger: StepLedger, held: list[list[int]]) -> dict[str, Any]:
+def dump_state(
+    precision: str,
+    scaler: LossScaler | None,
+    ledger: StepLedger,
+    held: list[list[int]],
+    *,
+    fp8: dict[str, Any] | None = None,
+) -> dict[str, Any]:
     """Return the state as plain values.
 
     Args:
@@ -40,6 +47,7 @@ def dump_state(precision: str, scaler: LossScaler | None, ledger: StepLedger, he
         scaler: The loss scaler, if there is one.
         ledger: Counts of steps.
         held: Per held scheduler, the state of ``SchedulerHold``.
+        fp8: State of the FP8 engine, if there is one: plain values and tensors.
     """
     # Without a scaler the flat keys are those of a fresh one: what an FP16 run should start from.
     flat = scaler.state_dict() if scaler is not None else torch.amp.GradScaler("cpu").state_dict()
@@ -49,6 +57,8 @@ def dump_state(precision: str, scaler: LossScaler | None, ledger: StepLedger, he
         "held_schedulers": held,
         **{name: getattr(ledger, name) for name in _COUNTS},
     }
+    if fp8 is not None:
+        extras["fp8"] = fp8
     if scaler is not None:
         extras["loss_scale"] = loss_scale_settings(scaler.rule)
         extras["hysteresis_left"] = int(scaler.state.hysteresis_left)
@@ -67,6 +77,11 @@ def restore_ledger(ledger: StepLedger, state: Mapping[str, Any]) -> list[list[in
 def saved_precision(state: Mapping[str, Any]) -> str:
     """Return the precision that wrote the state; Lightning's own plugin writes one for FP16 only."""
     return str(state.get(_EXTRAS, {}).get("precision", "fp16"))
+
+
+def saved_fp8(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the state of the FP8 engine; empty if the run that wrote it had none."""
+    return dict(state.get(_EXTRAS, {}).get("fp8", {}))
 
 
 def restore_scaler(scaler: LossScaler, state: Mapping[str, Any]) -> list[str]:

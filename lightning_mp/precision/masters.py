@@ -34,9 +34,14 @@ def _warn_about_none(policy: PrecisionPolicy) -> None:
     if policy.master_weights == "none" and not _said_none:
         _said_none = True
         rank_zero_warn(
-            f"master_weights='none': the optimizer updates {policy.precision.upper()} weights directly, so updates "
+            f"master_weights='none': the optimizer updates {_stored(policy)} weights directly, so updates "
             "below half a unit in the last place are lost. master_weights='split' keeps them at 2 bytes per parameter."
         )
+
+
+def _stored(policy: PrecisionPolicy) -> str:
+    # Under FP8 only the operands of products are FP8: weights are stored in BF16.
+    return "BF16" if policy.precision == "fp8" else policy.precision.upper()
 
 
 def check_averaging(callbacks: Iterable[Any], policy: PrecisionPolicy) -> None:
@@ -51,7 +56,7 @@ def check_averaging(callbacks: Iterable[Any], policy: PrecisionPolicy) -> None:
         if {base.__name__ for base in type(callback).__mro__} & set(_AVERAGING):
             raise UnsupportedError(
                 f"master_weights={policy.master_weights!r} with {type(callback).__name__}: the callback would average "
-                f"the {policy.precision.upper()} weights of the module, not their FP32 masters. Use "
+                f"the {_stored(policy)} weights of the module, not their FP32 masters. Use "
                 "master_weights='params', whose averages are FP32, or remove the callback."
             )
 

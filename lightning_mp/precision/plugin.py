@@ -1,6 +1,7 @@
 """``MixedPrecision``, the Precision plugin: it orders the hooks and leaves the numerics to the engines."""
 
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_mp.errors import LightningMPError, SettingValueError, UnsupportedError
+from lightning_mp.fp8 import FP8Config
 from lightning_mp.grad_scaler import LossScaler
 from lightning_mp.hardware import bf16_support, default_device, resolve_auto
 from lightning_mp.loss_scale import DynamicLossScale, StaticLossScale
@@ -21,11 +23,13 @@ from lightning_mp.precision.checkpoint import (
     dump_state,
     restore_ledger,
     restore_scaler,
+    saved_fp8,
     saved_precision,
 )
 from lightning_mp.precision.checks import check_optimizers, check_parameters, check_strategy
 from lightning_mp.precision.culprit import first_nonfinite_parameter
 from lightning_mp.precision.dispatch import call_hooks, is_module_hook_overridden
+from lightning_mp.precision.fp8 import convert_to_fp8, new_fp8_engine
 from lightning_mp.precision.manifest import ManifestRow, build_manifest
 from lightning_mp.precision.masters import attach_masters, check_averaging, new_masters
 from lightning_mp.precision.notices import notice, notice_once
@@ -58,13 +62,14 @@ class MixedPrecision(StepRegions, FSDPPrecision):  # type: ignore[misc]  # Light
 
     Args:
         precision: ``"fp32"``, ``"fp16"``, ``"bf16"``, or ``"auto"`` (BF16 where the device has it,
-            else FP16); Lightning's names such as ``"16-mixed"`` are accepted too.
+            else FP16), ``"fp8"``; Lightning's names such as ``"16-mixed"`` are accepted too.
         loss_scale: ``None`` (dynamic for FP16, none otherwise), ``"dynamic"``, a number (static), a
             rule, or a dict of the rule's fields.
         master_weights: Where the FP32 values live that the optimizer updates. ``"params"``: in the
             parameters themselves. ``"copy"``: in an FP32 copy beside 16-bit parameters. ``"split"``:
             in BF16 parameters and 16 further bits, exactly. ``"none"``: nowhere.
-        fp8: Settings of the FP8 path; only with ``precision="fp8"``.
+        fp8: Settings of the FP8 path, a dict of ``FP8Config``'s fields or one; only with
+            ``precision="fp8"``.
         reduce_dtype: Dtype in which DDP reduces gradients: ``"fp32"``, ``"bf16"`` or ``"fp16"``.
         on_nonfinite: What happens to a step with Inf or NaN gradients, in any precision: ``"skip"``,
             ``"raise"`` or ``"ignore"``. Under a dynamic loss scale an overflow of scaled gradients is
@@ -88,7 +93,7 @@ class MixedPrecision(StepRegions, FSDPPrecision):  # type: ignore[misc]  # Light
         *,
         loss_scale: str | float | dict[str, Any] | DynamicLossScale | StaticLossScale | None = None,
         master_weights: str = "params",
-        fp8: dict[str, Any] | None = None,
+        fp8: dict[str, Any] | FP8Config | None = None,
         reduce_dtype: str = "fp32",
         on_nonfinite: str = "skip",
         hold_schedulers: bool = True,
@@ -106,7 +111,6 @@ class MixedPrecision(StepRegions, FSDPPrecision):  # type: ignore[misc]  # Light
             hold_schedulers=hold_schedulers,
             device=device,
         )
-        _refuse_unfinished(asked)
         self._asked = asked
         self._module: LightningModule | None = None
         self._holds: list[SchedulerHold] = []
@@ -116,6 +120,7 @@ class MixedPrecision(StepRegions, FSDPPrecision):  # type: ignore[misc]  # Light
         self._pins: list[ModulePin] = []
         self._applied_pins: list[ModulePin] = []
         self._masters: MasterWeights | None = None
+        self._fp8 = new_fp8_engine(asked)
         self.scaler: LossScaler | None = None  # type: ignore[assignment]
         self._ledger = StepLedger(None, asked.on_nonfinite)
         self._resolve(torch.device(asked.device) if asked.device else default_device())
@@ -130,7 +135,11 @@ class MixedPrecision(StepRegions, FSDPPrecision):  # type: ignore[misc]  # Light
         """
         if self._module is None:
             raise UnsupportedError("manifest() needs a model: call it after Trainer.fit or validate has set one up.")
-        return build_manifest(self._module, self.policy)
+        converted = self._fp8 is not None and self._fp8.is_converted
+        rows = self._fp8.rows if self._fp8 is not None and converted else ()
+        return build_manifest(
+            self._module, self.policy, fp8_reasons={row.fqn: (row.converted, row.reason) for row in rows}
+        )
 
     def fp32_state_dict(self, module: nn.Module) -> dict[str, Any]:
         """Return ``module.state_dict()`` with floating-point weights in full precision."""
@@ -178,6 +187,8 @@ class MixedPrecision(StepRegions, FSDPPrecision):  # type: ignore[misc]  # Light
         for pin in self._pins:
             pin.apply_(module)
             self._applied_pins.append(pin)
+        if self._fp8 is not None:
+            convert_to_fp8(self._fp8, module, self._pinned_parameters())
         self._convert_to_masters(module, trainer)
         return module
 
@@ -188,7 +199,12 @@ class MixedPrecision(StepRegions, FSDPPrecision):  # type: ignore[misc]  # Light
             check_averaging(trainer.callbacks, self.policy)
         self._masters = self._masters or new_masters(self.policy)
         if self._masters is not None:
-            self._masters.convert_(module, keep_fp32=[p for pin in self._applied_pins for p in pin.parameters()])
+            self._masters.convert_(module, keep_fp32=self._pinned_parameters())
+            if self._fp8 is not None:
+                self._fp8.take_weights_from(self._masters.value_of)
+
+    def _pinned_parameters(self) -> list[nn.Parameter]:
+        return [p for pin in self._applied_pins for p in pin.parameters()]
 
     def _check_device(self, device: torch.device) -> torch.device:
         if self._asked.device is not None and self._asked.device != device.type:
@@ -202,7 +218,15 @@ class MixedPrecision(StepRegions, FSDPPrecision):  # type: ignore[misc]  # Light
                 raise UnsupportedError(
                     f"precision={self._asked.precision!r}, but {support.reason}. Use MixedPrecision('fp16') or 'auto'."
                 )
+        if self._fp8 is not None:
+            self._fp8.check_available(device)
         return device
+
+    def tensor_init_context(self) -> AbstractContextManager[Any]:
+        # Lightning enters it before configure_model: the first moment at which a missing device can be told.
+        if self._fp8 is not None:
+            self._fp8.check_available(self._device)
+        return nullcontext()
 
     def _say_what_runs(self) -> None:
         if self.policy.precision == "fp16" and self._device.type == "cpu":
@@ -296,6 +320,8 @@ class MixedPrecision(StepRegions, FSDPPrecision):  # type: ignore[misc]  # Light
             self._release()
             if self._masters is not None:
                 self._masters.detach()
+            if self._fp8 is not None:
+                self._fp8.revert_()
             while self._applied_pins:
                 self._applied_pins.pop().undo_()
 
@@ -318,7 +344,10 @@ class MixedPrecision(StepRegions, FSDPPrecision):  # type: ignore[misc]  # Light
     def optimizer_step(  # type: ignore[override]
         self, optimizer: Optimizer, model: LightningModule, closure: Callable[[], Any], **kwargs: Any
     ) -> Any:
-        return self._stepper.step(optimizer, closure, lambda o: self._after_closure(model, o), kwargs)
+        result = self._stepper.step(optimizer, closure, lambda o: self._after_closure(model, o), kwargs)
+        if self._fp8 is not None:
+            self._fp8.on_optimizer_step()
+        return result
 
     def _after_closure(self, model: LightningModule, optimizer: Optimizer) -> None:  # type: ignore[override]
         trainer = model.trainer
@@ -359,7 +388,8 @@ class MixedPrecision(StepRegions, FSDPPrecision):  # type: ignore[misc]  # Light
     def state_dict(self) -> dict[str, Any]:
         self.settle()
         held = [hold.state() for hold in self._holds] or self._held_states
-        return dump_state(self.policy.precision, self.scaler, self._ledger, held)
+        fp8 = None if self._fp8 is None else self._fp8.state_dict()
+        return dump_state(self.policy.precision, self.scaler, self._ledger, held, fp8=fp8)
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         self._ledger.pending = None
@@ -367,6 +397,8 @@ class MixedPrecision(StepRegions, FSDPPrecision):  # type: ignore[misc]  # Light
         for hold, state in zip(self._holds, self._held_states, strict=False):
             hold.load_state(state)
         changes = restore_scaler(self.scaler, state_dict) if self.scaler is not None and state_dict else []
+        if self._fp8 is not None:
+            changes += self._fp8.load_state_dict(saved_fp8(state_dict))
         self._ledger.rule = self.scaler.rule if self.scaler is not None else None
         saved = saved_precision(state_dict)
         if state_dict and saved != self.policy.precision:
@@ -400,11 +432,6 @@ class MixedPrecision(StepRegions, FSDPPrecision):  # type: ignore[misc]  # Light
         logged = trainer.fit_loop.epoch_loop._batches_that_stepped
         every = trainer.log_every_n_steps
         return (logged + 1) % every == 0 or (logged + 2) % every == 0 or bool(trainer.should_stop)
-
-
-def _refuse_unfinished(policy: PrecisionPolicy) -> None:
-    if policy.precision == "fp8":
-        raise UnsupportedError("precision='fp8' is not in this release. Use MixedPrecision('bf16').")
 
 
 def _unwrap(optimizer: Any) -> Optimizer:

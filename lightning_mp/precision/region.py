@@ -8,7 +8,9 @@ from typing import Any
 import torch
 
 from lightning_mp.casting import autocast_region, is_autocast_cache_safe
+from lightning_mp.fp8 import FP8Engine
 from lightning_mp.policy import PrecisionPolicy
+from lightning_mp.precision.fp8 import FP8Region
 from lightning_mp.precision.readings import StepReadings
 from lightning_mp.precision.stepping import OptimizerStepper
 
@@ -53,11 +55,15 @@ class StepRegions(StepReadings):
     _device: torch.device
     _stepper: OptimizerStepper
     _region: TrainStepRegion | None
+    _fp8: FP8Engine | None
 
     def forward_context(self) -> AbstractContextManager[Any]:
         if self.policy.precision == "fp32":
             return nullcontext()
-        return autocast_region(self._device.type, self.policy.compute_dtype, cache_weights=False)
+        region = autocast_region(self._device.type, self.policy.compute_dtype, cache_weights=False)
+        if self._fp8 is not None and self._fp8.config.fp8_in_eval:
+            return FP8Region(region, self._fp8)
+        return region
 
     def train_step_context(self) -> TrainStepRegion:
         if self._region is None or self._stepper.is_in_batch:
@@ -65,11 +71,13 @@ class StepRegions(StepReadings):
         return self._region
 
     def _new_region(self) -> TrainStepRegion:
-        autocast = None
+        autocast: AbstractContextManager[Any] | None = None
         if self.policy.precision != "fp32":
             autocast = autocast_region(
                 self._device.type, self.policy.compute_dtype, cache_weights=is_autocast_cache_safe()
             )
+            if self._fp8 is not None:
+                autocast = FP8Region(autocast, self._fp8)
         return TrainStepRegion(autocast, self._stepper.enter_batch, self._stepper.exit_batch)
 
     def val_step_context(self) -> AbstractContextManager[Any]:

@@ -1,0 +1,56 @@
+"""What FP8 adds to the plugin: the engine that the policy asks for, its region, and what it reports."""
+
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, ExitStack
+from types import TracebackType
+from typing import Any
+
+from torch import nn
+
+from lightning_mp.fp8 import FP8Engine
+from lightning_mp.policy import PrecisionPolicy
+from lightning_mp.precision.notices import notice
+
+__all__ = ["FP8Region", "convert_to_fp8", "new_fp8_engine"]
+
+_MAX_NAMED = 3
+
+
+def new_fp8_engine(policy: PrecisionPolicy) -> FP8Engine | None:
+    """Return the engine that the policy asks for; ``None`` without FP8."""
+    return None if policy.fp8 is None else FP8Engine(policy.fp8, policy.compute_dtype)
+
+
+def convert_to_fp8(engine: FP8Engine, module: nn.Module, pinned: Iterable[nn.Parameter]) -> None:
+    """Convert the layers of a model and say what became of them."""
+    engine.revert_()
+    ids = {id(parameter) for parameter in pinned}
+    keep = [m for m in module.modules() if any(id(p) in ids for p in m.parameters(recurse=False))]
+    rows = engine.convert_(module, keep=keep)
+    left = [f"{row.fqn}: {row.reason}" for row in rows if not row.converted]
+    more = f" and {len(left) - _MAX_NAMED} more" if len(left) > _MAX_NAMED else ""
+    outside = f" Not in FP8: {'; '.join(left[:_MAX_NAMED])}{more}." if left else ""
+    backend = "emulated" if engine.is_emulated else "Transformer Engine"
+    notice(f"FP8 with recipe {engine.recipe.name!r} ({backend}): {engine.coverage}.{outside}")
+
+
+class FP8Region:
+    """Torch's autocast region and the engine's region inside it, entered any number of times."""
+
+    __slots__ = ("_autocast", "_engine", "_entered")
+
+    def __init__(self, autocast: AbstractContextManager[Any], engine: FP8Engine) -> None:
+        self._autocast = autocast
+        self._engine = engine
+        self._entered: list[ExitStack] = []
+
+    def __enter__(self) -> None:
+        with ExitStack() as stack:
+            stack.enter_context(self._autocast)
+            stack.enter_context(self._engine.autocast_context())
+            self._entered.append(stack.pop_all())
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._entered.pop().__exit__(kind, error, trace)

@@ -1,0 +1,285 @@
+"""``MixedPrecision("fp8")`` under a real Trainer, through the emulated backend."""
+
+import logging
+import math
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_mp import FP8UnavailableError, MixedPrecision, UnsupportedError
+from lightning_mp.errors import SettingValueError
+from lightning_mp.fp8 import FP8Config, FP8Linear
+from tests.models import trainer, weights
+
+WIDTH = 32
+RECIPES = ["current", "delayed", "block"]
+
+
+class Net(LightningModule):
+    """Two eligible layers and a head; records what each forward saw."""
+
+    def __init__(self, *, bad: tuple[int, ...] = (), lr: float = 1e-2) -> None:
+        super().__init__()
+        torch.manual_seed(2)
+        self.body = nn.Sequential(nn.Linear(WIDTH, 64), nn.GELU(), nn.Linear(64, WIDTH))
+        self.head = nn.Linear(WIDTH, 1)
+        self.bad, self.lr = bad, lr
+        self.seen_classes: set[type] = set()
+        self.val_losses: list[float] = []
+
+    def loss(self, batch: list[Tensor]) -> Tensor:
+        self.seen_classes.add(type(self.body[0]))
+        x, y = batch
+        return nn.functional.mse_loss(self.head(self.body(x)).float(), y)
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        return self.loss(batch) * (math.inf if batch_idx in self.bad else 1.0)
+
+    def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        self.val_losses.append(self.loss(batch).item())
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW(self.parameters(), lr=self.lr)
+
+
+def data(num: int = 40, batch_size: int = 8) -> DataLoader[Any]:
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(num, WIDTH, generator=generator)
+    return DataLoader(TensorDataset(x, x[:, :4].sum(1, keepdim=True)), batch_size=batch_size)
+
+
+def plugin(recipe: Any = "current", *, master_weights: str = "params", **settings: Any) -> MixedPrecision:
+    return MixedPrecision(
+        "fp8", fp8={"recipe": recipe, "backend": "emulated", **settings}, master_weights=master_weights
+    )
+
+
+def fit(model: Net, precision: MixedPrecision, loader: Any = None, *, ckpt_path: Any = None, **settings: Any) -> Any:
+    run = trainer(precision, **settings)
+    run.fit(model, data() if loader is None else loader, ckpt_path=ckpt_path)
+    return run
+
+
+@pytest.mark.filterwarnings("ignore:master_weights='none'")  # said once per process
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("master_weights", ["params", "copy", "split", "none"])
+def test_run_trains_in_fp8_and_leaves_an_ordinary_model(recipe, master_weights) -> None:
+    model, precision = Net(), plugin(recipe, master_weights=master_weights)
+    before = weights(model)
+    fit(model, precision, max_epochs=2)
+    assert model.seen_classes == {FP8Linear}
+    assert precision.applied_steps == 10
+    assert type(model.body[0]) is nn.Linear
+    assert "_fp8" not in model.body[0].__dict__
+    assert all(not torch.equal(a, b.to(a.dtype)) for a, b in zip(before, weights(model), strict=True))
+    assert precision.precision == "transformer-engine"
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_loss_is_close_to_that_of_bf16(recipe) -> None:
+    fp8, bf16 = Net(), Net()
+    fit(fp8, plugin(recipe), max_epochs=12)
+    fit(bf16, MixedPrecision("bf16"), max_epochs=12)
+    for model in (fp8, bf16):
+        trainer().validate(model, data(), verbose=False)
+    start = Net()
+    trainer().validate(start, data(), verbose=False)
+    gained = [sum(start.val_losses) - sum(m.val_losses) for m in (fp8, bf16)]
+    # What training gained, over the same batches; FP8's gradient noise of about 5% stays below 3% of it.
+    assert gained[1] > 0.8 * sum(start.val_losses)
+    assert gained[0] == pytest.approx(gained[1], rel=0.03)
+
+
+def test_ragged_last_batch_trains_and_validates() -> None:
+    model = Net()
+    run = trainer(plugin(fp8_in_eval=True))
+    run.fit(model, data(37), data(21))
+    assert all(math.isfinite(loss) for loss in model.val_losses)
+
+
+@pytest.mark.parametrize("in_eval", [False, True])
+def test_validation_is_bf16_unless_asked_otherwise(in_eval) -> None:
+    fp8, bf16 = Net(), Net()
+    trainer(plugin(fp8_in_eval=in_eval)).validate(fp8, data(), verbose=False)
+    trainer(MixedPrecision("bf16")).validate(bf16, data(), verbose=False)
+    assert (fp8.val_losses == bf16.val_losses) is not in_eval
+
+
+@pytest.mark.parametrize("master_weights", ["params", "split"])
+def test_weights_are_cast_once_per_optimizer_step_under_accumulation(master_weights) -> None:
+    class Counting(Net):
+        def on_train_end(self) -> None:
+            self.casts = [m._fp8.weight_casts for m in self.body if isinstance(m, FP8Linear)]
+
+    model, precision = Counting(), plugin(master_weights=master_weights)
+    run = trainer(precision, accumulate_grad_batches=2, max_epochs=2, num_sanity_val_steps=0)
+    run.fit(model, data(48), data(16))
+    assert precision.applied_steps == 6
+    assert model.casts == [6, 6]
+
+
+def test_exact_masters_feed_the_cast_rather_than_their_rounded_values() -> None:
+    losses = {}
+    for master_weights in ("copy", "split"):
+
+        class Recording(Net):
+            def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+                backend = self.body[0]._fp8
+                loss = super().training_step(batch, batch_idx)
+                cast = backend._cached.quantized.rowwise.data.float()
+                exact = backend.settings.step.weight_source(self.body[0].weight)
+                scale = torch.tensor(448.0) / exact.abs().max()
+                assert torch.equal(cast, (exact * scale).to(torch.float8_e4m3fn).float())
+                self.seen.append(not torch.equal(exact, self.body[0].weight.float()))
+                return loss
+
+        model = Recording()
+        model.seen = []
+        fit(model, plugin(master_weights=master_weights))
+        assert any(model.seen)
+        losses[master_weights] = weights(model)
+    # One published rounding and one exact FP32 value: both modes are the same run.
+    assert all(torch.equal(a, b) for a, b in zip(losses["copy"], losses["split"], strict=True))
+
+
+def test_skipped_step_changes_no_weight_and_is_counted() -> None:
+    model, precision = Net(bad=(2,)), plugin("delayed")
+    fit(model, precision)
+    assert (precision.applied_steps, precision.skipped_steps) == (4, 1)
+    assert all(torch.isfinite(p).all() for p in model.parameters())
+
+
+def test_delayed_history_has_one_entry_per_step() -> None:
+    precision = plugin({"name": "delayed", "amax_history_len": 8})
+    fit(Net(), precision, accumulate_grad_batches=2, max_epochs=1, loader=data(48))
+    history = precision.state_dict()["lightning_mp"]["fp8"]["delayed"]["body.0"]["amax_history"]
+    assert [bool(row.all()) for row in history] == [False] * 5 + [True] * 3
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("master_weights", ["params", "split"])
+def test_resumed_run_continues_bit_for_bit(recipe, master_weights, tmp_path) -> None:
+    def precision() -> MixedPrecision:
+        return plugin(recipe, master_weights=master_weights)
+
+    straight, resumed = Net(), Net()
+    fit(straight, precision(), max_epochs=4)
+    fit(Net(), precision(), max_epochs=2).save_checkpoint(tmp_path / "half.ckpt")
+    saved = torch.load(tmp_path / "half.ckpt", weights_only=True)
+    assert list(saved["state_dict"]) == list(Net().state_dict())
+    fit(resumed, precision(), max_epochs=4, ckpt_path=tmp_path / "half.ckpt")
+    assert all(torch.equal(a, b) for a, b in zip(weights(straight), weights(resumed), strict=True))
+
+
+@pytest.mark.parametrize(("before", "after"), [("fp8", "bf16"), ("bf16", "fp8"), ("fp8", "fp32"), ("fp32", "fp8")])
+def test_precision_can_change_on_resume(before, after, tmp_path, caplog) -> None:
+    def of(name: str) -> MixedPrecision:
+        return plugin("delayed") if name == "fp8" else MixedPrecision(name)
+
+    fit(Net(), of(before)).save_checkpoint(tmp_path / "one.ckpt")
+    model, precision = Net(), of(after)
+    with caplog.at_level(logging.INFO):
+        fit(model, precision, max_epochs=2, ckpt_path=tmp_path / "one.ckpt")
+    assert precision.applied_steps == 10
+    notices = [r.getMessage() for r in caplog.records if "resuming" in r.getMessage()]
+    assert len(notices) == 1
+    assert repr(before) in notices[0]
+
+
+def test_recipe_can_change_on_resume_with_one_notice(tmp_path, caplog) -> None:
+    fit(Net(), plugin("delayed")).save_checkpoint(tmp_path / "one.ckpt")
+    with caplog.at_level(logging.INFO):
+        fit(Net(), plugin("current"), max_epochs=2, ckpt_path=tmp_path / "one.ckpt")
+    notices = [r.getMessage() for r in caplog.records if "resuming" in r.getMessage()]
+    assert notices == ["lightning_mp: resuming: the FP8 recipe was 'delayed' and is 'current'."]
+
+
+def test_second_fit_continues_with_the_same_plugin() -> None:
+    model, precision = Net(), plugin("delayed")
+    fit(model, precision)
+    fit(model, precision)
+    assert precision.applied_steps == 10
+    assert type(model.body[0]) is nn.Linear
+
+
+def test_exception_in_the_middle_leaves_an_ordinary_model() -> None:
+    class Failing(Net):
+        def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+            if batch_idx == 2:
+                raise ValueError("stop")
+            return super().training_step(batch, batch_idx)
+
+    model = Failing()
+    with pytest.raises(ValueError, match="stop"):
+        fit(model, plugin("delayed"))
+    assert [type(m) for m in model.body] == [nn.Linear, nn.GELU, nn.Linear]
+
+
+def test_coverage_is_in_the_log_and_in_the_manifest(caplog) -> None:
+    rows = []
+
+    class Reading(Net):
+        def on_train_start(self) -> None:
+            rows.extend(self.trainer.precision_plugin.manifest())
+
+    with caplog.at_level(logging.INFO):
+        fit(Reading(), plugin(exclude=["body.2"]))
+    assert "1 of 3 Linear layers, 49.6% of GEMM FLOPs, in FP8" in caplog.text
+    found = {row.fqn: (row.fp8, row.reason) for row in rows}
+    assert found["body.0"] == (True, "FP8")
+    assert found["body.2"] == (False, "excluded")
+    assert found["head"][0] is False
+
+
+def test_model_built_in_configure_model_is_converted() -> None:
+    class Late(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            del self.body
+
+        def configure_model(self) -> None:
+            if not hasattr(self, "body"):
+                self.body = nn.Sequential(nn.Linear(WIDTH, 64), nn.Linear(64, WIDTH))
+
+    model = Late()
+    fit(model, plugin())
+    assert model.seen_classes == {FP8Linear}
+
+
+def test_missing_gpu_is_told_before_the_model_is_built() -> None:
+    class Late(Net):
+        def configure_model(self) -> None:
+            raise AssertionError("model work began")
+
+    if torch.cuda.is_available():
+        pytest.skip("this machine may run FP8")
+    with pytest.raises(FP8UnavailableError, match=r"(?s)precision='fp8'.*FP8 needs an NVIDIA GPU.*emulated"):
+        fit(Late(), MixedPrecision("fp8"))
+
+
+def test_model_without_eligible_layers_is_refused_with_the_reasons() -> None:
+    with pytest.raises(UnsupportedError, match=r"body.0: excluded; .*head: out_features=1 is not a multiple of 16"):
+        fit(Net(), plugin(exclude=["body"]))
+
+
+def test_compiled_module_is_refused_with_delayed_scaling_and_runs_with_current() -> None:
+    torch._dynamo.reset()
+    with pytest.raises(UnsupportedError, match="recipe='current'"):
+        fit(torch.compile(Net(), backend="eager"), plugin("delayed"))
+    model = Net()
+    fit(torch.compile(model, backend="aot_eager"), plugin("current"))
+    assert model.seen_classes == {FP8Linear}
+
+
+def test_settings_are_parsed_when_the_plugin_is_made() -> None:
+    assert MixedPrecision("fp8", fp8={"backend": "emulated"}).policy.fp8 == FP8Config(backend="emulated")
+    assert MixedPrecision("fp8", fp8=FP8Config(recipe="block")).policy.fp8.recipe == "block"
+    assert MixedPrecision("fp8").policy.fp8 == FP8Config()
+    with pytest.raises(SettingValueError, match="Did you mean 'recipe'"):
+        MixedPrecision("fp8", fp8={"recip": "current"})
+    with pytest.raises(SettingValueError, match="'mxfp8' is set beside backend='emulated'"):
+        MixedPrecision("fp8", fp8={"recipe": "mxfp8", "backend": "emulated"})
