@@ -182,7 +182,9 @@ def _describe(report: PinReport) -> str:
     if report.not_reached:
         lines.append(f"Not reached: {_few(report.not_reached)}.")
     if report.without_match:
-        lines.append(f"Found none of: {', '.join(report.without_match)}.")
+        lines.append(f"Found nothing of torch.nn to pin as: {', '.join(report.without_match)}.")
+    if report.other_norms:
+        lines.append(f"Not pinned, because no norm of torch.nn: {_few(report.other_norms)}; name it in modules=.")
     if report.fused_attention:
         lines.append(f"scaled_dot_product_attention keeps its own softmax, in {_few(report.fused_attention)}.")
     return " ".join(lines)

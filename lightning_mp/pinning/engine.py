@@ -5,12 +5,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import CodeType
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import nn
 
-from lightning_mp.errors import SettingTypeError, SettingValueError, UnsupportedError
+from lightning_mp.errors import UnsupportedError
 from lightning_mp.pinning.functions import (
     NARROW_DTYPES,
     OutputRule,
@@ -21,57 +21,16 @@ from lightning_mp.pinning.functions import (
 )
 from lightning_mp.pinning.mode import FunctionPins, call_with
 from lightning_mp.pinning.scan import mentions_any
+from lightning_mp.pinning.spec import PinSpec
 from lightning_mp.pinning.swap import InFP32, Role, Swaps, WithFunctions, WithoutFunctions, original_class, role_of
-from lightning_mp.pinning.watch import Observation, PinnedCall, watch_batch
-from lightning_mp.selection import Selector, clean_fqn, select_modules
+from lightning_mp.pinning.watch import Observation, PinReport, watch_batch
+from lightning_mp.selection import clean_fqn, is_normalization, select_modules
 
-__all__ = ["PinReport", "PinSpec", "PinnedModule", "Pins"]
+__all__ = ["PinnedModule", "Pins"]
 
 # Their inference fast paths compute norm and softmax in one kernel that no module of theirs sees; with
 # a function mode on, torch takes the path that calls their submodules.
 _HAS_FAST_PATH = (nn.MultiheadAttention, nn.TransformerEncoder, nn.TransformerEncoderLayer)
-
-
-@dataclass(frozen=True)
-class PinSpec:
-    """What to keep in FP32.
-
-    Args:
-        pins: Kinds of functions and of torch.nn modules.
-        modules: Further modules, by class or by ``fnmatch`` pattern over the full dotted name, with
-            everything inside them.
-        output: ``"float32"`` returns FP32; ``"input"`` the dtype of the input. A loss is always FP32.
-
-    Raises:
-        SettingValueError: If a kind or the output rule is unknown, or nothing is named.
-        SettingTypeError: If ``pins`` is not a collection of names.
-    """
-
-    pins: tuple[PinKind, ...] = get_args(PinKind)
-    modules: tuple[Selector, ...] = ()
-    output: OutputRule = "float32"
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "pins", _as_tuple(self.pins, "pins"))
-        object.__setattr__(self, "modules", _as_tuple(self.modules, "modules"))
-        for kind in self.pins:
-            _check_choice("pins", kind, get_args(PinKind))
-        _check_choice("output", self.output, get_args(OutputRule))
-        if not self.pins and not self.modules:
-            raise SettingValueError("pins=() and modules=() name nothing to pin. Name some, or remove FP32Pin.")
-
-
-def _as_tuple(value: Any, name: str) -> tuple[Any, ...]:
-    if isinstance(value, (str, type)):
-        return (value,)
-    if not isinstance(value, Iterable):
-        raise SettingTypeError(f"{name}={value!r} is a {type(value).__name__}. Pass a tuple or list.")
-    return tuple(value)
-
-
-def _check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise SettingValueError(f"{name}: {value!r} is not known. Use {', '.join(map(repr, allowed))}.")
 
 
 @dataclass(frozen=True)
@@ -82,31 +41,6 @@ class PinnedModule:
     module: nn.Module
     kind: PinKind | None
     role: InFP32
-
-
-@dataclass(frozen=True)
-class PinReport:
-    """What was pinned and what ran in the first batch of one step.
-
-    Args:
-        step: Name of the step, such as ``"training_step"``.
-        modules: Class names of the pinned modules by full dotted name.
-        callers: Names of the modules and steps whose own calls of functions are pinned.
-        calls: Pinned functions that ran, with how often.
-        not_reached: Pinned modules that the batch did not run.
-        without_match: Kinds of which the model has no module and ran no function.
-        below_fp32: What computed in 16 bits despite the pin.
-        fused_attention: Callers of ``scaled_dot_product_attention``, whose softmax is not pinned.
-    """
-
-    step: str
-    modules: Mapping[str, str]
-    callers: tuple[str, ...]
-    calls: Mapping[PinnedCall, int]
-    not_reached: tuple[str, ...]
-    without_match: tuple[PinKind, ...]
-    below_fp32: tuple[PinnedCall, ...]
-    fused_attention: tuple[str, ...]
 
 
 class Pins:
@@ -152,6 +86,7 @@ class Pins:
         self._swaps = Swaps()
         self._withheld: list[tuple[torch.Tensor, torch.dtype]] = []
         self._scans: dict[tuple[type, str, frozenset[str]], bool] = {}
+        self._names: dict[int, str] = {}
         self._modules: dict[str, nn.Module] = {}
         self._pinned: dict[str, PinnedModule] = {}
         self._pinned_steps: set[str] = set()
@@ -190,9 +125,15 @@ class Pins:
             calls=dict(seen.calls),
             not_reached=tuple(fqn for fqn in self._pinned if fqn not in seen.reached),
             without_match=tuple(k for k in self._outputs if k not in kinds and names.isdisjoint(names_of(k))),
+            other_norms=tuple(dict.fromkeys(self._other_norms())),
             below_fp32=tuple(seen.below_fp32),
             fused_attention=tuple(sorted(seen.fused_attention)),
         )
+
+    def _other_norms(self) -> Iterator[str]:
+        for fqn, module in self._modules.items():
+            if "norm" in self._outputs and fqn not in self._pinned and is_normalization(module):
+                yield type(module).__name__
 
     def parameters(self) -> list[nn.Parameter]:
         """Return the parameters that stay in FP32, each once."""
@@ -211,7 +152,9 @@ class Pins:
         if self._root is not None and self._root is not module:
             self.undo_()
         self._root = module
-        self._modules = {clean_fqn(name, module): child for name, child in module.named_modules()}
+        # A wrapper has the name of what it wraps; the wrapped module comes later and stays.
+        self._names = {id(child): clean_fqn(name, module) for name, child in module.named_modules()}
+        self._modules = {self._names[id(child)]: child for child in module.modules()}
         for pinned in self._find_pinned(module):
             self._pin_(pinned)
         for fqn, child in self._modules.items():
@@ -229,16 +172,17 @@ class Pins:
         self._clear()
 
     def _find_pinned(self, root: nn.Module) -> Iterable[PinnedModule]:
-        named: dict[int, str] = {id(child): fqn for fqn, child in self._modules.items()}
         found: dict[int, PinnedModule] = {}
         for spec in self._specs:
             role = InFP32(spec.output, self._withheld.append)
             chosen = select_modules(root, spec.modules, argument="modules") if spec.modules else {}
             inside = [child for module in chosen.values() for child in module.modules()]
             for child in inside:
+                fqn = self._names[id(child)]
                 if isinstance(child, torch.jit.ScriptModule):
-                    raise UnsupportedError(_scripted_text(named[id(child)]))
-                found.setdefault(id(child), PinnedModule(named[id(child)], child, kind_of_module(child), role))
+                    raise UnsupportedError(_scripted_text(fqn))
+                if self._modules[fqn] is child:
+                    found.setdefault(id(child), PinnedModule(fqn, child, kind_of_module(child), role))
         for fqn, child in self._modules.items():
             kind = kind_of_module(child)
             if kind in self._outputs and id(child) not in found:
@@ -348,13 +292,11 @@ class Pins:
         """
         if self._root is not None:
             self.apply_(self._root)
-        names = {id(module): fqn for fqn, module in self._modules.items()}
-        pinned = frozenset(self._pinned)
         with watch_batch(
             self._rules,
             tuple(self._outputs),
-            names=names,
-            pinned=pinned,
+            names=self._names,
+            pinned=frozenset(self._pinned),
             step=(_STEP_CODE, step),
             adopt=self._adopt,
         ) as seen:

@@ -19,7 +19,7 @@ from lightning_mp.errors import UnsupportedError
 from lightning_mp.pinning.functions import NARROW_DTYPES, FunctionRules, PinKind
 from lightning_mp.pinning.mode import FunctionPins
 
-__all__ = ["Observation", "PinnedCall", "watch_batch"]
+__all__ = ["Observation", "PinReport", "PinnedCall", "watch_batch"]
 
 _CHECKPOINT_FILE = torch.utils.checkpoint.__file__
 _CALL = nn.Module._call_impl.__code__
@@ -74,6 +74,33 @@ class Observation:
     def below_fp32(self) -> list[PinnedCall]:
         """Kernels that computed in FP16 or BF16 although their kind or their module is pinned."""
         return sorted((k for k in self.kernels if k.dtype in NARROW_DTYPES), key=lambda k: (k.fqn, k.name))
+
+
+@dataclass(frozen=True)
+class PinReport:
+    """What was pinned and what ran in the first batch of one step.
+
+    Args:
+        step: Name of the step, such as ``"training_step"``.
+        modules: Class names of the pinned modules by full dotted name.
+        callers: Names of the modules and steps whose own calls of functions are pinned.
+        calls: Pinned functions that ran, with how often.
+        not_reached: Pinned modules that the batch did not run.
+        without_match: Kinds of which the model has no module and ran no function.
+        other_norms: Class names of norms that are none of torch.nn and that nothing pins.
+        below_fp32: What computed in 16 bits despite the pin.
+        fused_attention: Callers of ``scaled_dot_product_attention``, whose softmax is not pinned.
+    """
+
+    step: str
+    modules: Mapping[str, str]
+    callers: tuple[str, ...]
+    calls: Mapping[PinnedCall, int]
+    not_reached: tuple[str, ...]
+    without_match: tuple[PinKind, ...]
+    other_norms: tuple[str, ...]
+    below_fp32: tuple[PinnedCall, ...]
+    fused_attention: tuple[str, ...]
 
 
 class _Frames:

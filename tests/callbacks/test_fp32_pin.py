@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EMAWeightAveraging
-from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.compile import from_compiled
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -321,6 +321,43 @@ def test_checkpoint_of_a_pinned_run_loads_without_the_pin(tmp_path):
     assert list(saved) == list(Model().state_dict())
 
 
+class Dtypes(Callback):
+    def on_train_batch_end(self, run, module, *args):
+        self.seen = {name: p.dtype for name, p in module.named_parameters()}
+
+
+@pytest.mark.filterwarnings("ignore:master_weights='none'")  # our own, said once per process
+@pytest.mark.parametrize("master_weights", ["copy", "split", "none"])
+def test_pinned_parameters_stay_fp32_in_the_sixteen_bit_weight_modes(master_weights):
+    model, dtypes, pin = Model(), Dtypes(), FP32Pin(modules=["head"])
+    plugin = MixedPrecision("bf16", master_weights=master_weights)
+    trainer(pin, dtypes, max_epochs=2, plugins=[plugin]).fit(model, data())
+    kept = {name for name, dtype in dtypes.seen.items() if dtype is torch.float32}
+    assert kept == {"attention.norm.weight", "attention.norm.bias", "head.weight", "head.bias"}
+    assert dtypes.seen["attention.query.weight"] is torch.bfloat16
+    assert pin.reports["training_step"].below_fp32 == ()
+    assert set(model.attention.seen) == {torch.float32}
+    assert_nothing_is_left(model)
+
+
+@pytest.mark.parametrize("plugin", BF16_PLUGINS)
+def test_pins_hold_under_fsdp2_whose_class_stays(plugin):
+    from torch.distributed.fsdp import FSDPModule, fully_shard
+
+    class Sharded(Model):
+        def configure_model(self):
+            for module in (self.attention, self.head, self):
+                fully_shard(module, mesh=self.device_mesh["data_parallel"])
+
+    model = Sharded()
+    strategy = ModelParallelStrategy(data_parallel_size=1, tensor_parallel_size=1, process_group_backend="gloo")
+    trainer(FP32Pin(modules=["head"]), strategy=strategy, **PLUGINS[plugin]()).fit(model, data())
+    torch.distributed.destroy_process_group()
+    assert model.attention.seen == [torch.float32] * 3
+    assert isinstance(model.attention, FSDPModule)
+    assert all(role_of(module) is None for module in model.modules())
+
+
 # --- Compiled --------------------------------------------------------------------------------------
 
 
@@ -380,10 +417,6 @@ def test_compiled_model_computes_what_the_eager_one_does(plugin, what):
 
 
 def test_half_precision_plugin_keeps_pinned_parameters_fp32_while_it_trains():
-    class Dtypes(Callback):
-        def on_train_batch_end(self, run, module, *args):
-            self.seen = {name: p.dtype for name, p in module.named_parameters()}
-
     class Plain(Model):
         def loss(self, batch):
             x, y = batch

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.utils.checkpoint import checkpoint
 
 from lightning_mp.errors import SettingTypeError, SettingValueError, UnmatchedPatternError, UnsupportedError
@@ -506,6 +507,26 @@ def test_apply_again_pins_what_was_added_since_and_nothing_twice():
     assert {name: cls for name, cls in classes(model).items() if name != "extra"} == first
 
 
+def test_apply_again_pins_a_module_that_took_the_place_of_a_pinned_one():
+    # Synchronized batch norms replace the plain ones after setup.
+    model = nn.Sequential(nn.BatchNorm1d(4))
+    pins = applied(model)
+    model[0] = nn.BatchNorm1d(4)
+    pins.apply_(model)
+    assert model(torch.ones(2, 4, dtype=torch.bfloat16)).dtype is torch.float32
+    pins.undo_()
+    assert type(model[0]) is nn.BatchNorm1d
+
+
+def test_norm_that_is_none_of_torch_is_named_until_it_is_pinned():
+    for modules, expected in (((), ("CustomNorm",)), ((CustomNorm,), ())):
+        model = nn.Sequential(CustomNorm())
+        pins = applied(model, PinSpec(modules=modules))
+        with pins.watch("forward"):
+            model(torch.ones(2, 8))
+        assert pins.report("forward").other_norms == expected
+
+
 def test_applying_to_another_model_releases_the_first():
     first, second = Net(), Net()
     pins = applied(first)
@@ -608,3 +629,28 @@ def test_pinning_after_compilation_recompiles_and_undo_recompiles_again():
         assert compiled(x).dtype is torch.float32
         pins.undo_()
         assert torch.equal(compiled(x), plain)
+
+
+# torch 2.13: dynamo looks at .grad of non-leaf inputs and hides the warning in a way that "error" undoes.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+@pytest.mark.usefixtures("_fresh_dynamo")
+def test_compiled_module_inside_a_pinned_one_is_pinned():
+    model = nn.ModuleDict({"head": nn.Sequential(nn.Linear(8, 8), torch.compile(nn.Linear(8, 2), backend="eager"))})
+    pins = applied(model, PinSpec(modules="head"))
+    assert list(pins.modules) == ["head", "head.0", "head.1"]
+    with BF16():
+        assert model["head"](torch.randn(4, 8)).dtype is torch.float32
+    pins.undo_()
+    assert type(model["head"][1]).__name__ == "OptimizedModule"
+
+
+def test_wrapper_of_activation_checkpointing_is_seen_through():
+    model = nn.ModuleDict({"block": checkpoint_wrapper(HiddenBlock())})
+    pins = applied(model)
+    block = model["block"]._checkpoint_wrapped_module
+    for _ in range(2):
+        with BF16(), pins.watch():
+            result = model["block"](torch.randn(4, 8, requires_grad=True))
+        result.sum().backward()
+    assert pins.callers == ["block"]
+    assert block.seen == [torch.float32] * 4
