@@ -2,9 +2,11 @@
 
 from lightning_mp.__about__ import __version__
 from lightning_mp.callbacks import (
+    FP32Pin,
     GradientRangeMonitor,
     LossScaleMonitor,
     OverflowMonitor,
+    PrecisionReport,
     PrecisionSummary,
 )
 from lightning_mp.errors import (
@@ -15,11 +17,14 @@ from lightning_mp.errors import (
     UnmatchedPatternError,
     UnsupportedError,
 )
+from lightning_mp.fp8 import FP8Config
 from lightning_mp.loss_scale import DynamicLossScale, StaticLossScale
 from lightning_mp.precision import MixedPrecision
 
 __all__ = [
     "DynamicLossScale",
+    "FP32Pin",
+    "FP8Config",
     "FP8UnavailableError",
     "GradientRangeMonitor",
     "LightningMPError",
@@ -28,6 +33,7 @@ __all__ = [
     "MixedPrecision",
     "OverflowFoundError",
     "OverflowMonitor",
+    "PrecisionReport",
     "PrecisionSummary",
     "StaticLossScale",
     "UnmatchedPatternError",

@@ -13,6 +13,7 @@ from lightning_mp.__about__ import __version__
 from lightning_mp.errors import LightningMPError, SettingValueError
 from lightning_mp.hardware import default_device, describe_machine, read_facts
 from lightning_mp.memory import estimate_memory, format_estimate
+from lightning_mp.report import build_report
 
 __all__ = ["main"]
 
@@ -43,6 +44,7 @@ def _parser() -> argparse.ArgumentParser:
     # Each command adds its own parser and sets ``run``, a function from arguments to the text shown.
     _add_doctor(commands)
     _add_plan(commands)
+    _add_report(commands)
     return parser
 
 
@@ -134,3 +136,17 @@ def _build_on_meta(path: str, name: str, text: str) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise SettingValueError(f"model={text!r} is a {type(model).__name__}; it must be a torch.nn.Module.")
     return model
+
+
+def _add_report(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    report = commands.add_parser(
+        "report",
+        help="rebuild the report page of a run",
+        description="Rebuild RUN/precision_report.html from the event logs of the run, also of one that was killed.",
+    )
+    report.add_argument("run_dir", metavar="RUN", help="directory of the event logs (.jsonl), such as the logger's")
+    report.set_defaults(run=_report)
+
+
+def _report(arguments: argparse.Namespace) -> str:
+    return f"wrote {build_report(arguments.run_dir)}"

@@ -3,6 +3,8 @@
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from torch import nn
+
 from lightning_mp.metrics.health import (
     COLLAPSE_ATTEMPTS,
     Health,
@@ -11,7 +13,7 @@ from lightning_mp.metrics.health import (
     largest_fall,
 )
 
-__all__ = ["describe_health", "find_first_overflow"]
+__all__ = ["describe_health", "find_first_overflow", "module_of"]
 
 
 def find_first_overflow(callbacks: Iterable[Any], *, since: int) -> str | None:
@@ -23,8 +25,22 @@ def find_first_overflow(callbacks: Iterable[Any], *, since: int) -> str | None:
     return None
 
 
+def module_of(name: str | None, model: nn.Module) -> str | None:
+    """Return the module to pin for a culprit: itself, or the owner of a parameter; ``None`` for others."""
+    if not name:
+        return None
+    if name in dict(model.named_parameters()):
+        return name.rpartition(".")[0] or None
+    return name if name in dict(model.named_modules()) else None
+
+
 def describe_health(
-    health: Health, records: Sequence[ScaleRecord], limits: ScaleLimits, *, culprit: str | None = None
+    health: Health,
+    records: Sequence[ScaleRecord],
+    limits: ScaleLimits,
+    *,
+    culprit: str | None = None,
+    module: str | None = None,
 ) -> str:
     """Return what was seen and what to try, in one line.
 
@@ -33,9 +49,10 @@ def describe_health(
         records: The last 100 attempts.
         limits: Between what the scale moves.
         culprit: Full dotted name of the module or parameter that overflowed first, where known.
+        module: The module to pin for it, where there is one.
     """
     where = f"first overflow in {culprit}" if culprit else "add OverflowMonitor() to name the module that overflows"
-    pin = f"pin it with FP32Pin(modules=[{culprit!r}])" if culprit else "pin that module with FP32Pin(modules=[...])"
+    pin = f"pin it with FP32Pin(modules=[{module!r}])" if module else "pin the module with FP32Pin(modules=[...])"
     if health == "collapsing":
         recent = records[-COLLAPSE_ATTEMPTS:]
         fall = largest_fall(recent)

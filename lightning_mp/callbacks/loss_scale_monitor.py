@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_mp.callbacks.event_log import EventLog
-from lightning_mp.callbacks.health_message import describe_health, find_first_overflow
+from lightning_mp.callbacks.health_message import describe_health, find_first_overflow, module_of
 from lightning_mp.callbacks.pictures import save_picture
 from lightning_mp.errors import LightningMPError
 from lightning_mp.loss_scale import DynamicLossScale
@@ -166,15 +166,16 @@ class LossScaleMonitor(Callback):
         values = {"loss_scale": self.history[-1].loss_scale, "skipped_steps": skipped, "overflow_rate": rate}
         for name, value in values.items():
             pl_module.log(name, float(value), on_step=True, on_epoch=False)
-        self._announce(trainer)
+        self._announce(trainer, pl_module)
 
-    def _announce(self, trainer: Trainer) -> None:
+    def _announce(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say what is wrong when the health turns bad, once per turn."""
         health = self.health
         if health != self._announced and health not in ("healthy", "calibrating"):
             recent = self.history[-100:]
             culprit = find_first_overflow(trainer.callbacks, since=recent[0].step)  # type: ignore[attr-defined]
-            self.message = describe_health(health, recent, self._limits, culprit=culprit)
+            module = module_of(culprit, pl_module)
+            self.message = describe_health(health, recent, self._limits, culprit=culprit, module=module)
             notice(f"LossScaleMonitor: {self.message}")
         self._announced = health
 

@@ -5,6 +5,7 @@ from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 
+from lightning_mp.loss_scale import DynamicLossScale, LossScaleRule
 from lightning_mp.policy import PrecisionPolicy
 from lightning_mp.precision import ManifestRow, MixedPrecision
 from lightning_mp.precision.manifest import build_manifest
@@ -51,5 +52,11 @@ def describe_precision(trainer: Trainer) -> dict[str, Any]:
         settings["master_weights"] = policy.master_weights
         settings["on_nonfinite"] = policy.on_nonfinite
         settings["reduce_dtype"] = policy.reduce_dtype
-        settings["loss_scale"] = str(plugin.scaler.rule) if plugin.scaler is not None else "none"
+        settings["loss_scale"] = _describe_rule(plugin.scaler.rule) if plugin.scaler is not None else "none"
     return settings
+
+
+def _describe_rule(rule: LossScaleRule) -> str:
+    if isinstance(rule, DynamicLossScale):
+        return f"dynamic from {rule.init_scale:g}"
+    return f"static {rule.init_scale:g}"

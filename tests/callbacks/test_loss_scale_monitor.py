@@ -267,7 +267,7 @@ def test_collapse_is_announced_with_numbers_culprit_and_advice(caplog):
         """Stands for the callback that names culprits: it only holds what that one would have found."""
 
         class Event:
-            step, fqn, calibrating = 4, "encoder.layers.3.ffn", False
+            step, fqn, calibrating = 4, "layer.weight", False
 
         events = (Event(),)
 
@@ -277,7 +277,7 @@ def test_collapse_is_announced_with_numbers_culprit_and_advice(caplog):
     assert monitor.health == "collapsing"
     assert monitor.message == (
         "collapsing: 9 of the last 13 steps overflowed and the scale fell from 1024 to 4; first overflow in "
-        "encoder.layers.3.ffn; try BF16, or pin it with FP32Pin(modules=['encoder.layers.3.ffn'])"
+        "layer.weight; try BF16, or pin it with FP32Pin(modules=['layer'])"
     )
     assert caplog.text.count("LossScaleMonitor: collapsing") == 1
 
