@@ -222,7 +222,8 @@ class OverflowMonitor(Callback):
         if loop.epoch_loop._should_check_val_fx(loop._data_fetcher):  # type: ignore[arg-type]
             self._settle()
         for name, count in self._unlogged.items():
-            pl_module.log(name, count, on_step=True, on_epoch=False, logger=False)
+            # Without a batch size Lightning would look for one in the batch, and refuse dataloader_iter.
+            pl_module.log(name, count, on_step=True, on_epoch=False, logger=False, batch_size=1)
         self._unlogged.clear()
 
     def _settle(self) -> None:

@@ -122,10 +122,11 @@ def _refill(value: Any, items: Any) -> None:
 
 
 def _tensor_contents(value: Tensor) -> Callable[[], None]:
-    kept, version = value.detach().clone(), value._version
+    kept = value.detach().clone()
 
     def put_back() -> None:
-        if value._version != version:
+        # Not by the version counter: batch norm moves its statistics without raising it (torch 2.13).
+        if not torch.equal(value, kept):
             with torch.no_grad():
                 value.copy_(kept)
 

@@ -1,15 +1,34 @@
 """OverflowMonitor in a real Trainer: each class of overflow gives one event, and looking leaves no trace."""
 
+import copy
+import json
+import os
+import random
+import socket
+import warnings
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from lightning.pytorch import LightningModule
+import torch.distributed as dist
+import torch.multiprocessing as mp
+import torchmetrics
+from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch.demos.boring_classes import BoringModel
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.plugins import MixedPrecision as LightningMixedPrecision
+from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.tuner import Tuner
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 
-from lightning_mp import MixedPrecision
-from lightning_mp.callbacks.overflow_monitor import OverflowMonitor
+from lightning_mp import MixedPrecision, OverflowFoundError, OverflowMonitor
+from lightning_mp.callbacks import OverflowEvent
+from lightning_mp.errors import SettingValueError
+from lightning_mp.grad_scaler import Readback
 from tests.models import INF, trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore:OverflowMonitor. step")
@@ -132,3 +151,468 @@ def test_each_class_of_overflow_gives_one_event_that_names_it(fault, phase, fqn,
     assert (event.rank, event.calibrating) == (0, False)
     # Nothing of the probes stays on the model.
     assert all(not m._forward_hooks and not m._forward_pre_hooks for m in model.modules())
+
+
+@pytest.mark.parametrize(("data", "item"), [({"bad_x": float("nan")}, "x"), ({"bad_y": INF}, "y")])
+def test_item_of_a_nonfinite_batch_is_named_by_its_path(data, item) -> None:
+    monitor = OverflowMonitor()
+    fit(Net(), monitor, data=batches(**data))
+    event = only(monitor)
+    assert (event.phase, event.fqn, event.count, event.step) == ("batch", item, 1, BAD)
+
+
+def only(monitor: OverflowMonitor) -> OverflowEvent:
+    (event,) = monitor.events
+    return event
+
+
+def test_event_of_a_forward_overflow_explains_itself_by_amaxes() -> None:
+    model = Net()
+    with torch.no_grad():
+        model.blocks[1].second.weight.fill_(6e4)
+        model.blocks[1].first.weight.fill_(1.0)
+    monitor = OverflowMonitor()
+    fit(model, monitor, data=batches(1))
+    event = only(monitor)
+    assert (event.phase, event.fqn, event.kind) == ("forward", "blocks.1.second", "inf")
+    assert event.amax["weight"] == 6e4
+    assert event.amax["output"] == INF
+    # Finite itself, and large enough to explain an output above 65504.
+    assert 65504 / 6e4 / WIDTH < event.amax["input"] < INF
+
+
+class Everything(LightningModule):
+    """Draws random numbers in every way and changes all that a replay must leave alone."""
+
+    def __init__(self, *, fused: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.fused = fused
+        self.layer = nn.Linear(WIDTH, 8)
+        self.norm = nn.BatchNorm1d(8)
+        self.dropout = nn.Dropout(0.5)
+        self.head = nn.Linear(8, 1)
+        self.register_buffer("seen", torch.zeros(()))
+        self.error = torchmetrics.MeanSquaredError()
+        self.collection = torchmetrics.MetricCollection([torchmetrics.MeanMetric(), torchmetrics.CatMetric()])
+        self.running = torch.zeros(())
+        self.calls = 0
+        self.losses: list[float] = []
+        self.draws: list[float] = []
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
+        y = batch.pop("y")
+        batch["x"].add_(0.0)
+        self.calls += 1
+        self.seen += 1
+        self.running = self.running + 1
+        self.draws.append(random.random() + float(np.random.rand()))
+        out = self.head(self.dropout(self.norm(self.layer(batch["x"])).relu())).float()
+        loss = nn.functional.mse_loss(out, y)
+        self.losses.append(loss.item())
+        self.error(out.detach(), y)
+        self.collection.update(loss.detach())
+        self.log("error", self.error, on_step=True, on_epoch=True)
+        self.log_dict({"loss": loss}, on_step=True, on_epoch=True, prog_bar=True)
+        return {"loss": loss * (INF if batch_idx in (1, 3) else 1.0)}
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.AdamW(self.parameters(), lr=1e-2, fused=self.fused)
+        return [optimizer], [{"scheduler": torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.9), "interval": "step"}]
+
+
+def end_state(model: Everything, used: Any) -> dict[str, Any]:
+    return {
+        "weights": {name: value.tolist() for name, value in model.state_dict().items()},
+        "grads": [None if p.grad is None else p.grad.tolist() for p in model.parameters()],
+        "optimizer": str(used.optimizers[0].state_dict()),
+        "metrics": {name: value.item() for name, value in used.callback_metrics.items() if "overflow" not in name},
+        "computed": {name: value.tolist() for name, value in model.collection.compute().items()},
+        "attributes": (model.calls, model.losses, model.draws, model.running.item(), model.error._update_count),
+        "progress": str(used.fit_loop.state_dict()),
+        "training": [m.training for m in model.modules()],
+        "rng": (torch.get_rng_state().tolist(), random.getstate(), str(np.random.get_state())),
+    }
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("fused", [False, True])
+def test_replay_leaves_everything_as_a_run_without_the_monitor_has_it(fused, accumulate) -> None:
+    ends = []
+    for callbacks in ([], [OverflowMonitor()]):
+        model = Everything(fused=fused)
+        torch.manual_seed(7)
+        random.seed(7)
+        np.random.seed(7)
+        used = trainer(MixedPrecision("bf16"), callbacks=callbacks, max_epochs=2, accumulate_grad_batches=accumulate)
+        used.fit(model, batches(6))
+        ends.append(end_state(model, used))
+    monitor = callbacks[0]
+    assert [event.fqn for event in monitor.events] == ["loss"] * 4
+    assert [event.batch_idx for event in monitor.events] == [1, 3] * 2
+    for name, value in ends[0].items():
+        assert ends[1][name] == value, name
+
+
+def test_replay_sees_the_same_dropout_as_the_step_did() -> None:
+    class Dropped(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks[1] = nn.Dropout(0.5)
+            self.masks: list[Tensor] = []
+
+        def training_step(self, batch, batch_idx):
+            self.blocks[1].register_forward_hook(lambda m, i, o: seen.append(o.detach().clone()))
+            return super().training_step(batch, batch_idx) * INF
+
+    seen: list[Tensor] = []
+    fit(Dropped(), OverflowMonitor(), data=batches(1), plugin=MixedPrecision("bf16"))
+    assert len(seen) >= 2
+    assert torch.equal(seen[0], seen[-1])
+
+
+def test_step_without_overflow_puts_no_hook_and_asks_nothing_of_the_device() -> None:
+    counts: list[int] = []
+
+    class Hooks(Callback):
+        def on_before_backward(self, trainer, pl_module, loss):
+            counts.append(sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in pl_module.modules()))
+
+    reads = []
+    for callbacks in ([Hooks()], [Hooks(), OverflowMonitor()]):
+        before = Readback.count
+        trainer(MixedPrecision("bf16"), callbacks=callbacks).fit(Net(fused=True), batches())
+        reads.append(Readback.count - before)
+    assert reads[0] == reads[1]
+    assert set(counts) == {0}
+
+
+def test_calibration_skips_are_labelled_and_not_alarmed() -> None:
+    monitor = OverflowMonitor(on_overflow="raise")
+    same = DataLoader([batches().dataset[0]] * 14, batch_size=None)
+    used = fit(Net(), monitor, plugin=MixedPrecision("fp16", loss_scale={"init_scale": 2.0**22}), data=same)
+    plugin = used.precision_plugin
+    assert plugin.applied_steps > 0
+    assert len(monitor.events) == plugin.skipped_steps > 0
+    assert {(e.calibrating, e.phase) for e in monitor.events} == {(True, "backward")}
+
+
+def test_raise_stops_before_the_update_and_names_the_culprit() -> None:
+    model = Net("mask", bad=0)
+    before = [p.detach().clone() for p in model.parameters()]
+    with pytest.raises(OverflowFoundError, match=r"step 0, batch 0, rank 0: blocks\.2\.1 made NaN in forward"):
+        fit(model, OverflowMonitor(on_overflow="raise"))
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    assert all(not m._forward_hooks for m in model.modules())
+
+
+def test_warning_comes_once_per_culprit() -> None:
+    class Always(Net):
+        def training_step(self, batch, batch_idx):
+            return super().training_step(batch, batch_idx) * INF
+
+    monitor = OverflowMonitor()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fit(Always(), monitor)
+    assert len(monitor.events) == 5
+    assert len([w for w in caught if "OverflowMonitor" in str(w.message)]) == 1
+
+
+def test_wrong_settings_are_refused_with_the_allowed_ones() -> None:
+    with pytest.raises(SettingValueError, match=r"probe='hooks' is not known\. Use one of 'replay', 'gradients'"):
+        OverflowMonitor(probe="hooks")
+    with pytest.raises(SettingValueError, match=r"on_overflow='stop' is not known\. Use one of 'warn', 'raise'"):
+        OverflowMonitor(on_overflow="stop")
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_gradients_probe_names_the_parameter(fused) -> None:
+    class OneGradient(Net):
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            extra = _Blow.apply(self.blocks[1].first.bias.half() * 2.0**14).sum()
+            return loss + (extra * 1.0 if batch_idx == BAD else 0.0 * loss)
+
+    monitor = OverflowMonitor(probe="gradients")
+    fit(OneGradient(fused=fused), monitor)
+    event = only(monitor)
+    assert (event.step, event.phase, event.fqn, event.kind) == (BAD, "backward", "blocks.1.first.bias", "inf")
+    assert event.count == WIDTH
+    assert event.amax["grad"] == INF
+
+
+class Manual(Net):
+    """Two optimizers; the gradient of the second one's parameters overflows in the bad batch."""
+
+    def __init__(self, *, fused: bool) -> None:
+        super().__init__(fused=fused)
+        self.automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        for index, optimizer in enumerate(self.optimizers()):
+            optimizer.zero_grad()
+            factor = INF if index == 1 and batch_idx == BAD else 1.0
+            self.manual_backward(Net.training_step(self, batch, -1) * factor)
+            optimizer.step()
+
+    def configure_optimizers(self) -> Any:
+        kwargs = {"lr": 1e-3, "fused": self.fused}
+        return [torch.optim.AdamW(m.parameters(), **kwargs) for m in (self.blocks, self.head)]
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_manual_optimization_falls_back_to_a_parameter_of_the_optimizer_that_overflowed(fused) -> None:
+    monitor = OverflowMonitor()
+    fit(Manual(fused=fused), monitor)
+    event = only(monitor)
+    # Two steps per batch: the second one of the bad batch.
+    assert (event.step, event.batch_idx, event.phase, event.fqn) == (2 * BAD + 1, BAD, "backward", "head.bias")
+
+
+def test_always_probe_works_under_manual_optimization() -> None:
+    monitor = OverflowMonitor(probe="always")
+    fit(Manual(fused=False), monitor)
+    event = only(monitor)
+    assert (event.batch_idx, event.phase, event.fqn) == (BAD, "loss", "loss")
+
+
+@pytest.mark.filterwarnings("ignore:.*`dataloader_iter`")
+def test_dataloader_iter_falls_back_to_a_parameter() -> None:
+    class Fetching(Net):
+        def training_step(self, dataloader_iter):
+            batch, batch_idx, _ = next(dataloader_iter)
+            return Net.training_step(self, batch, batch_idx)
+
+    monitor = OverflowMonitor()
+    fit(Fetching("loss"), monitor)
+    assert (only(monitor).phase, only(monitor).fqn) == ("backward", "head.bias")
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_reentrant_checkpointing_falls_back_and_training_goes_on(fused) -> None:
+    class Checkpointed(Net):
+        def training_step(self, batch, batch_idx):
+            self.blocks[2][1].is_on = batch_idx in (BAD, 4)
+            hidden = checkpoint(self.blocks, batch["x"].requires_grad_(), use_reentrant=True)
+            return nn.functional.mse_loss(self.head(hidden).float(), batch["y"])
+
+    monitor = OverflowMonitor()
+    used = fit(Checkpointed("gradient", fused=fused), monitor, plugin=MixedPrecision("fp16", loss_scale=2.0**12))
+    assert used.global_step == 5
+    assert [(e.step, e.phase) for e in monitor.events] == [(BAD, "backward"), (4, "backward")]
+    # The names of the first: known where the gradients still are, as without a fused optimizer.
+    names = [e.fqn for e in monitor.events]
+    assert names[1].startswith("blocks.")
+    assert names[0] == ("unknown" if fused else names[1])
+
+
+def test_nonreentrant_checkpointing_is_replayed() -> None:
+    class Checkpointed(Net):
+        def training_step(self, batch, batch_idx):
+            self.blocks[2][1].is_on = batch_idx == BAD
+            hidden = checkpoint(self.blocks, batch["x"], use_reentrant=False)
+            return nn.functional.mse_loss(self.head(hidden).float(), batch["y"])
+
+    monitor = OverflowMonitor()
+    fit(Checkpointed("gradient"), monitor, plugin=MixedPrecision("fp16", loss_scale=2.0**12))
+    assert (only(monitor).phase, only(monitor).fqn) == ("backward", "blocks.2.1")
+
+
+def test_exception_inside_the_replay_falls_back_and_training_goes_on() -> None:
+    class Once(Net):
+        def training_step(self, batch, batch_idx):
+            if batch.setdefault("used", 0):
+                raise KeyError("gone")
+            batch["used"] = 1
+            if len(seen) > batch_idx:
+                raise KeyError("this batch was seen")
+            seen.append(batch_idx)
+            return super().training_step(batch, batch_idx)
+
+    seen: list[int] = []
+    monitor = OverflowMonitor()
+    used = fit(Once("activation"), monitor)
+    assert used.global_step == 5
+    assert (only(monitor).phase, only(monitor).fqn) == ("backward", "head.bias")
+
+
+def test_batch_of_an_accumulation_window_is_found() -> None:
+    monitor = OverflowMonitor()
+    fit(Net("mask", bad=1), monitor, data=batches(6), accumulate_grad_batches=3)
+    event = only(monitor)
+    assert (event.step, event.batch_idx, event.fqn) == (0, 1, "blocks.2.1")
+
+
+def test_ignored_overflow_names_a_parameter_though_its_weights_are_gone() -> None:
+    monitor = OverflowMonitor()
+    fit(Net("loss", bad=4), monitor, plugin=MixedPrecision("bf16", on_nonfinite="ignore"))
+    assert (only(monitor).step, only(monitor).fqn, only(monitor).phase) == (4, "head.bias", "backward")
+
+
+def test_saved_batch_replays_outside_training(tmp_path) -> None:
+    class Random(Net):
+        def training_step(self, batch, batch_idx):
+            batch["x"] = nn.functional.dropout(batch["x"], 0.5)
+            losses.append(super().training_step(batch, batch_idx))
+            return losses[-1] * (INF if batch_idx == BAD else 1.0)
+
+    losses: list[Tensor] = []
+    model = Random()
+    weights = copy.deepcopy(model.state_dict())
+    monitor = OverflowMonitor(save_batch=True, dirpath=tmp_path)
+    fit(model, monitor, plugin=MixedPrecision("fp32"), data=batches(3))
+    saved = torch.load(tmp_path / f"overflow-step{BAD}-rank0.pt", weights_only=True)
+    assert set(saved) == {"batch", "batch_idx", "step", "rng", "loss_scale"}
+    assert (saved["batch_idx"], saved["step"], saved["loss_scale"]) == (BAD, BAD, 1.0)
+    assert weights.keys() == model.state_dict().keys()
+    torch.set_rng_state(saved["rng"]["cpu"])
+    in_training = losses[BAD].item()
+    assert model.training_step(saved["batch"], saved["batch_idx"]).item() == INF
+    # The skipped step left the weights of the bad batch, and dropout draws what it drew.
+    assert losses[-1].item() == in_training
+
+
+def test_event_log_and_loggers_hold_the_event(tmp_path) -> None:
+    monitor = OverflowMonitor()
+    logger = CSVLogger(tmp_path, name="run", version="v")
+    used = fit(Net("mask"), monitor, logger=logger, log_every_n_steps=50)
+    (line,) = (tmp_path / "run" / "v" / "overflow.jsonl").read_text().splitlines()
+    record = json.loads(line)
+    assert set(record) == {
+        *("step", "batch_idx", "rank", "phase", "fqn", "kind", "count", "amax", "loss_scale", "calibrating"),
+    }
+    assert (record["fqn"], record["amax"]["output"]) == ("blocks.2.1", "NaN")
+    assert used.callback_metrics["overflow/blocks.2.1/nonfinite"] == only(monitor).count
+    logger.save()
+    assert "overflow/blocks.2.1/nonfinite" in (tmp_path / "run" / "v" / "metrics.csv").read_text()
+
+
+def test_second_fit_of_the_same_callback_starts_its_events_anew() -> None:
+    monitor = OverflowMonitor()
+    fit(Net("mask"), monitor)
+    fit(Net("loss"), monitor)
+    assert only(monitor).phase == "loss"
+
+
+def test_validation_between_steps_does_not_hide_the_event_of_a_fused_step() -> None:
+    monitor = OverflowMonitor()
+    used = trainer(MixedPrecision("bf16"), callbacks=[monitor], val_check_interval=1)
+    model = Net("mask", fused=True)
+    model.validation_step = lambda batch, batch_idx: None
+    used.fit(model, batches(), batches(1))
+    assert (only(monitor).step, only(monitor).fqn) == (BAD, "blocks.2.1")
+
+
+def test_event_of_the_last_step_is_not_lost() -> None:
+    monitor = OverflowMonitor()
+    fit(Net("mask", bad=4, fused=True), monitor, plugin=MixedPrecision("bf16"))
+    assert (only(monitor).step, only(monitor).fqn) == (4, "blocks.2.1")
+
+
+def test_compiled_model_is_replayed_uncompiled() -> None:
+    model = Net("mask")
+    monitor = OverflowMonitor()
+    fit(torch.compile(model, backend="eager"), monitor, plugin=MixedPrecision("bf16"))
+    assert (only(monitor).phase, only(monitor).fqn) == ("forward", "blocks.2.1")
+
+
+def test_plugin_without_gradient_checks_gives_no_events_and_trains() -> None:
+    monitor = OverflowMonitor()
+    trainer(callbacks=[monitor]).fit(Net("loss"), batches())
+    assert monitor.events == []
+
+
+def test_boring_model_trains_without_events() -> None:
+    monitor = OverflowMonitor()
+    used = trainer(MixedPrecision("bf16"), callbacks=[monitor], fast_dev_run=True)
+    used.fit(BoringModel())
+    assert monitor.events == []
+    # A launcher pickles callbacks; a copy listens to nothing.
+    assert copy.deepcopy(monitor)._plugin is None
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_lightnings_own_scaler_gives_the_same_event(fused) -> None:
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12)
+    monitor = OverflowMonitor()
+    fit(Net("mask", fused=fused), monitor, plugin=LightningMixedPrecision("16-mixed", "cpu", scaler))
+    event = only(monitor)
+    assert (event.step, event.batch_idx, event.fqn, event.kind) == (BAD, BAD, "blocks.2.1", "nan")
+    assert (event.loss_scale, event.calibrating) == (2.0**12, False)
+
+
+def test_training_step_that_changes_its_batch_in_the_containers_is_replayed_with_the_batch_it_got() -> None:
+    class Popping(Net):
+        def training_step(self, batch, batch_idx):
+            target = batch.pop("y")
+            return super().training_step({"x": batch["x"], "y": target}, batch_idx)
+
+    monitor = OverflowMonitor()
+    fit(Popping("mask"), monitor)
+    assert only(monitor).fqn == "blocks.2.1"
+
+
+def test_learning_rate_finder_leaves_no_event() -> None:
+    class Tunable(Net):
+        lr = 1e-3
+
+    monitor = OverflowMonitor()
+    used = trainer(MixedPrecision("bf16"), callbacks=[monitor], max_steps=2, enable_checkpointing=True)
+    model = Tunable("mask", bad=1)
+    Tuner(used).lr_find(model, batches(), num_training=4, early_stop_threshold=None)
+    assert monitor.events == []
+
+
+WORLD = 2
+
+
+def rank_worker(rank: int, port: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    os.environ.update(
+        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), WORLD_SIZE="2", LOCAL_RANK=str(rank), NODE_RANK="0"
+    )
+    warnings.simplefilter("ignore")
+
+    def run(model: Net) -> tuple[OverflowMonitor, Any]:
+        monitor = OverflowMonitor(save_batch=True, dirpath=folder)
+        used = trainer(
+            MixedPrecision("bf16"),
+            callbacks=[monitor],
+            devices=WORLD,
+            strategy=DDPStrategy(process_group_backend="gloo"),
+            use_distributed_sampler=False,
+            default_root_dir=folder,
+        )
+        used.fit(model, batches(bad_x=float("nan") if rank == 1 else None))
+        return monitor, used
+
+    class Failing(Net):
+        """Its replay fails on rank 1 only."""
+
+        def training_step(self, batch, batch_idx):
+            if rank == 1 and batch_idx in seen:
+                raise KeyError("seen")
+            seen.append(batch_idx)
+            return super().training_step(batch, batch_idx)
+
+    for fused in (False, True):
+        monitor, used = run(Net(fused=fused))
+        assert used.precision_plugin.skipped_steps == 1
+        assert [(e.rank, e.step, e.phase, e.fqn) for e in monitor.events] == [(1, BAD, "batch", "x")], monitor.events
+        seen: list[int] = []
+        monitor, used = run(Failing("loss", bad=BAD, fused=fused))
+        # Rank 0 replays and finds its loss; rank 1 cannot say more.
+        assert [(e.rank, e.fqn) for e in monitor.events] == [(0, "loss")]
+        assert monitor.probe == "replay"
+    dist.barrier()
+    names = sorted(path.name for path in Path(folder).glob("*.pt"))
+    assert f"overflow-step{BAD}-rank1.pt" in names
+    dist.destroy_process_group()
+
+
+def test_two_ranks_name_the_culprit_of_the_rank_that_has_it(tmp_path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = int(free.getsockname()[1])
+    mp.spawn(rank_worker, (port, str(tmp_path)), nprocs=WORLD)
