@@ -1,0 +1,403 @@
+"""The engine on plain modules: where values first go non-finite, and what a replay leaves behind."""
+
+import random
+from contextlib import nullcontext
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from lightning_mp.overflow import Finding, Probes, RandomState, copy_containers, find_in_gradients, replay
+from lightning_mp.overflow.preserve import preserved
+from lightning_mp.overflow.statistics import Statistics, TensorStats, named_tensors
+
+INF = float("inf")
+NAN = float("nan")
+
+
+class Call(nn.Module):
+    """A module that is one function of its input; the parameter, if any, takes no part."""
+
+    def __init__(self, function: Any, *, parameter: bool = False) -> None:
+        super().__init__()
+        self.function = function
+        if parameter:
+            self.weight = nn.Parameter(torch.ones(1))
+
+    def forward(self, *args: Any) -> Any:
+        return self.function(*args)
+
+
+class GradTimes(torch.autograd.Function):
+    """Identity in forward, times a factor in backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, factor: float) -> Tensor:
+        ctx.factor = factor
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad * ctx.factor, None
+
+
+def grad_times(factor: float) -> Call:
+    return Call(lambda x: GradTimes.apply(x, factor))
+
+
+def look(model: nn.Module, batch: Any = None, *, scale: float = 1.0, step: Any = None, fp16: bool = False) -> Any:
+    batch = torch.ones(2, 4) if batch is None else batch
+    return replay(
+        model,
+        step or (lambda b: model(b).float().sum()),
+        batch,
+        rng=RandomState.now(),
+        loss_scale=scale,
+        region=lambda: torch.autocast("cpu", torch.float16) if fp16 else nullcontext(),
+    )
+
+
+def linear() -> nn.Linear:
+    return nn.Linear(4, 4)
+
+
+class Residual(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.inner(x)
+
+
+def where(finding: Finding | None) -> tuple[str, str, str] | None:
+    return None if finding is None else (finding.phase, finding.fqn, finding.kind)
+
+
+def test_finite_batch_has_no_culprit() -> None:
+    assert look(nn.Sequential(linear(), nn.ReLU(), linear())) is None
+
+
+# --- Forward -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("place", range(4))
+@pytest.mark.parametrize("value", [INF, NAN])
+def test_module_is_named_wherever_in_a_chain_it_stands(place, value) -> None:
+    layers: list[nn.Module] = [linear() for _ in range(4)]
+    layers.insert(place, Call(lambda x: x * value))
+    expected = ("forward", str(place), "inf" if value == INF else "nan")
+    assert where(look(nn.Sequential(*layers))) == expected
+
+
+def test_module_inside_is_named_and_not_its_parents() -> None:
+    model = nn.Sequential(nn.Sequential(linear(), nn.Sequential(Call(lambda x: x / 0)), linear()))
+    assert where(look(model)) == ("forward", "0.1.0", "inf")
+
+
+def test_parent_whose_own_code_overflows_is_named() -> None:
+    # 60000 + 60000 is above 65504: the addition of the block overflows, nothing inside it does.
+    block = Residual(nn.Sequential(Call(lambda x: x * 1)))
+    model = nn.Sequential(Call(lambda x: (x * 6e4).half()), block, Call(lambda x: x.float()))
+    assert where(look(model)) == ("forward", "1", "inf")
+
+
+def test_fp16_linear_is_named_with_the_amaxes_that_explain_it() -> None:
+    model = nn.Sequential(nn.Linear(4, 1, bias=False))
+    with torch.no_grad():
+        model[0].weight.fill_(-300.0)
+    finding = look(model, torch.full((1, 4), 100.0), fp16=True)
+    # 4 * 100 * 300 = 120000 is above 65504, and negative: minus infinity alone is no mask here.
+    assert finding == Finding("forward", "0", "inf", 1, {"input": 100.0, "output": INF, "weight": 300.0})
+
+
+def test_shared_module_has_the_name_by_which_the_failing_call_knew_it() -> None:
+    shared = Call(lambda x: x * 200)
+    # FP16: 200 * 200 = 40000 is finite, the third call is not.
+    model = nn.Sequential(Call(lambda x: x.half()), shared, shared, nn.Identity(), shared, Call(lambda x: x.float()))
+    assert where(look(model)) == ("forward", "4", "inf")
+    assert model[1] is model[2] is model[4] is shared
+
+
+def test_shared_module_of_two_parents_has_the_name_of_the_parent_that_called() -> None:
+    shared = Call(lambda x: x * 300)
+    first, second = nn.Sequential(shared), nn.Sequential(shared)
+    model = nn.Sequential(Call(lambda x: x.half()), first, second, Call(lambda x: x.float()))
+    assert where(look(model)) == ("forward", "2.0", "inf")
+
+
+def test_softmax_of_a_fully_masked_row_is_named_and_not_the_mask() -> None:
+    mask = Call(lambda x: x.masked_fill(torch.ones_like(x, dtype=torch.bool), -INF))
+    assert where(look(nn.Sequential(linear(), mask, nn.Softmax(-1), linear()))) == ("forward", "2", "nan")
+
+
+def test_mask_that_a_softmax_makes_finite_hides_no_later_culprit() -> None:
+    upper = torch.ones(2, 4, dtype=torch.bool).triu(1)
+    mask = Call(lambda x: x.masked_fill(upper, -INF), parameter=True)
+    model = nn.Sequential(linear(), mask, nn.Softmax(-1), Call(lambda x: x / 0))
+    assert where(look(model)) == ("forward", "3", "both")
+
+
+def test_mask_of_minus_infinity_in_the_batch_is_not_the_culprit_if_something_else_is() -> None:
+    model = nn.Sequential(nn.Softmax(-1), Call(lambda x: x * INF))
+    batch = {"mask": torch.tensor([[0.0, -INF]]), "x": torch.ones(1, 2)}
+    found = look(model, batch, step=lambda b: model(b["x"] + b["mask"]).nansum() * INF)
+    assert found.fqn == "1"
+
+
+@pytest.mark.parametrize("value", [INF, NAN])
+def test_batch_is_named_by_the_path_of_its_item(value) -> None:
+    model = linear()
+    batch = {"inputs": [torch.zeros(1), torch.full((1, 4), value)], "size": 3}
+    found = look(model, batch, step=lambda b: model(b["inputs"][1]).sum())
+    assert (found.phase, found.fqn, found.count) == ("batch", "inputs.1", 4)
+    assert where(look(model, torch.full((1, 4), value))) == ("batch", "batch", "inf" if value == INF else "nan")
+
+
+def test_finite_activations_with_a_nonfinite_loss_name_the_loss() -> None:
+    model = linear()
+    assert where(look(model, step=lambda b: torch.log(model(b).sum() * 0))) == ("loss", "loss", "inf")
+
+
+def test_loss_module_is_the_loss() -> None:
+    model = nn.Sequential(linear(), nn.PoissonNLLLoss())
+    found = look(model, step=lambda b: model[1](model[0](b) + 200, torch.ones(2, 4)))
+    assert where(found) == ("loss", "loss", "inf")
+
+
+def test_code_between_modules_is_named_by_the_class_of_the_model() -> None:
+    model = nn.Sequential(linear(), linear())
+    found = look(model, step=lambda b: model[1](model[0](b) * INF).sum())
+    assert where(found)[:2] == ("forward", "Sequential")
+
+
+# --- Backward ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("place", range(1, 5))
+def test_backward_overflow_is_named_wherever_in_a_chain_it_stands(place) -> None:
+    layers: list[nn.Module] = [linear() for _ in range(4)]
+    layers.insert(place, grad_times(INF))
+    assert where(look(nn.Sequential(*layers)))[:2] == ("backward", str(place))
+
+
+def test_backward_culprit_inside_a_residual_block_is_told_from_its_neighbours() -> None:
+    model = nn.Sequential(
+        linear(), Residual(linear()), Residual(nn.Sequential(linear(), grad_times(INF), linear())), Residual(linear())
+    )
+    assert where(look(model))[:2] == ("backward", "2.inner.1")
+
+
+def test_parallel_branch_is_not_blamed_for_its_sibling() -> None:
+    class Branches(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.good, self.bad = linear(), linear(), grad_times(INF)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.stem(x)
+            return self.good(h) + self.bad(h)
+
+    # The gradient of h is non-finite in all; what the good branch sent back is not.
+    assert where(look(Branches()))[:2] == ("backward", "bad")
+
+
+def test_gradient_that_only_the_scale_makes_overflow_is_found_at_that_scale() -> None:
+    model = nn.Sequential(linear(), Call(lambda x: x.half()), grad_times(2.0**10), Call(lambda x: x.float()))
+    assert look(model, scale=1.0) is None
+    found = look(model, scale=2.0**12)
+    # Arrives as 2**12 and leaves as 2**22, which FP16 does not have.
+    assert (found.phase, found.fqn, found.amax["grad"]) == ("backward", "2", 2.0**12)
+
+
+def test_gradient_that_overflows_before_it_reaches_a_module_names_the_first_it_reaches() -> None:
+    model = nn.Sequential(linear(), Call(lambda x: x.half()))
+    found = look(model, scale=2.0**20, step=lambda b: model(b).float().sum())
+    assert (found.phase, found.fqn, found.amax["grad"]) == ("backward", "1", INF)
+
+
+def test_first_layer_is_named_by_its_parameters_gradient() -> None:
+    model = nn.Sequential(linear(), nn.Identity())
+    model[0].weight.register_hook(lambda grad: grad * INF)
+    assert where(look(model))[:2] == ("backward", "0")
+
+
+def test_infinity_behind_where_is_found_in_backward() -> None:
+    # Finite in forward; the gradient of the branch that was not taken is 0 * Inf = NaN.
+    inner = Call(lambda x: torch.where(x > 1e9, 1 / (x - x), x))
+    model = nn.Sequential(linear(), inner, linear())
+    assert where(look(model)) == ("backward", "1", "nan")
+
+
+# --- No trace ------------------------------------------------------------------------------------
+
+
+def test_probes_leave_no_hook_after_an_exception() -> None:
+    model = nn.Sequential(linear(), Call(lambda x: 1 / 0))
+    with pytest.raises(ZeroDivisionError):
+        look(model)
+    assert all(not m._forward_hooks and not m._forward_pre_hooks for m in model.modules())
+    assert all(p._backward_hooks is None or not p._backward_hooks for p in model.parameters())
+
+
+def test_replay_keeps_gradients_and_their_hooks_untouched() -> None:
+    model = linear()
+    calls = []
+    model.weight.register_post_accumulate_grad_hook(lambda p: calls.append(p))
+    model.weight.grad = torch.full((4, 4), 3.0)
+    kept = model.weight.grad
+    look(model)
+    assert model.weight.grad is kept
+    assert torch.equal(kept, torch.full((4, 4), 3.0))
+    assert model.bias.grad is None
+    assert calls == []
+
+
+def test_preserved_restores_buffers_attributes_and_random_states() -> None:
+    model = nn.Sequential(nn.BatchNorm1d(4), nn.Dropout(0.5))
+    model.tensor, model.items, model.table, model.count = torch.zeros(2), [1], {"a": 1}, 0
+    kept = model.tensor
+    states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
+    with preserved(model):
+        model(torch.randn(3, 4))
+        model.eval()
+        model.tensor.add_(1)
+        model.tensor = torch.ones(3)
+        model.items.append(2)
+        model.table["b"] = 2
+        model.count += 1
+        model.new = 1
+        model[0].running_mean = torch.ones(4)
+        random.random()
+        np.random.rand()
+    assert model.tensor is kept
+    assert kept.tolist() == [0, 0]
+    assert (model.items, model.table, model.count, hasattr(model, "new")) == ([1], {"a": 1}, 0, False)
+    assert model[0].running_mean.tolist() == [0] * 4
+    assert model[0].running_var.tolist() == [1] * 4
+    assert model[0].num_batches_tracked == 0
+    assert model[0].training
+    assert model[1].training
+    assert torch.equal(torch.get_rng_state(), states[0])
+    assert random.getstate() == states[1]
+    assert np.random.get_state()[1].tolist() == states[2]
+
+
+def test_replay_does_not_change_the_batch() -> None:
+    model = linear()
+    batch = {"x": torch.ones(1, 4), "drop": 1}
+
+    def step(b: dict[str, Any]) -> Tensor:
+        b.pop("drop")
+        return model(b["x"].mul_(2)).sum()
+
+    look(model, batch, step=step)
+    assert batch["x"].tolist() == [[1.0] * 4]
+    assert "drop" in batch
+
+
+def test_in_place_modules_run_under_probes() -> None:
+    model = nn.Sequential(linear(), nn.ReLU(inplace=True), linear(), grad_times(INF), nn.Dropout(0.1, inplace=True))
+    assert where(look(model))[:2] == ("backward", "3")
+
+
+def test_attention_keeps_its_self_attention_path() -> None:
+    seen: list[bool] = []
+    model = nn.MultiheadAttention(4, 2, batch_first=True)
+    x = torch.ones(1, 3, 4, requires_grad=True)
+    with Probes(model):
+        # Registered after the probes' hook, so that it sees what they hand on.
+        model.register_forward_pre_hook(lambda m, args: seen.append(args[0] is args[1] is args[2] and args[0] is not x))
+        model(x, x, x)
+    assert seen == [True]
+
+
+# --- Statistics ----------------------------------------------------------------------------------
+
+VALUES = st.lists(st.sampled_from([0.0, -1.5, 448.0, INF, -INF, NAN]), max_size=8)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.float8_e5m2])
+@settings(max_examples=25, deadline=None)
+@given(values=VALUES)
+def test_statistics_count_what_a_loop_counts(dtype, values) -> None:
+    statistics = Statistics()
+    wanted = statistics.add([torch.tensor(values, dtype=torch.float32).to(dtype)])
+    statistics.read()
+    found = statistics.of(wanted)
+    assert found.num_positive_inf == values.count(INF)
+    assert found.num_negative_inf == values.count(-INF)
+    assert found.num_nan == sum(v != v for v in values)
+    if found.num_nan == 0:
+        assert found.amax == max(map(abs, values), default=0.0)
+
+
+def test_joined_statistics_keep_a_nan_whatever_its_place() -> None:
+    for order in (1, -1):
+        parts = [TensorStats(amax=1.0), TensorStats(num_nan=1, amax=NAN)][::order]
+        joined = TensorStats.joined(parts)
+        assert joined.amax != joined.amax
+        assert joined.kind == "nan"
+
+
+def test_integer_sparse_and_complex_tensors_are_measured_or_left_out() -> None:
+    sparse = torch.tensor([0.0, INF]).to_sparse()
+    statistics = Statistics()
+    wanted = statistics.add([torch.ones(2, dtype=torch.long), sparse, torch.tensor([complex(1, NAN)])])
+    statistics.read()
+    assert statistics.of(wanted) == TensorStats(1, 0, 1, statistics.of(wanted).amax)
+
+
+def test_named_tensors_finds_tensors_in_objects_that_are_no_containers() -> None:
+    class Graph:
+        def __init__(self) -> None:
+            self.x = torch.zeros(1)
+            self.name = "g"
+
+    assert [path for path, _ in named_tensors({"graph": Graph(), "y": (torch.zeros(1), 2)})] == ["graph.x", "y.0"]
+
+
+def test_copied_containers_share_tensors_only() -> None:
+    batch = {"x": [torch.ones(1)], "t": (1, {"y": torch.ones(1)})}
+    copied = copy_containers(batch)
+    assert copied is not batch
+    assert copied["x"] is not batch["x"]
+    assert copied["x"][0] is batch["x"][0]
+    assert copied["t"][1] is not batch["t"][1]
+
+
+def test_gradients_name_the_last_nonfinite_parameter_in_registration_order() -> None:
+    model = nn.Sequential(linear(), linear(), linear())
+    assert find_in_gradients(model.named_parameters()) is None
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    assert find_in_gradients(model.named_parameters()) is None
+    model[0].weight.grad[0, 0] = NAN
+    model[1].weight.grad[1] = INF
+    with torch.no_grad():
+        model[1].weight.fill_(2.0)
+    expected = Finding("backward", "1.weight", "inf", 4, {"grad": INF, "weight": 2.0})
+    assert find_in_gradients(model.named_parameters()) == expected
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("fp16", [True, False])
+def test_replay_on_cuda_rewinds_its_generator_and_names_the_module(fp16) -> None:
+    model = nn.Sequential(linear(), nn.Dropout(0.5), linear(), Call(lambda x: x / 0)).cuda()
+    x = torch.ones(2, 4, device="cuda")
+    rng = RandomState.now()
+    expected = model[1](x)
+    seen: list[Tensor] = []
+    model[1].register_forward_hook(lambda m, i, o: seen.append((o != 0).clone()))
+    before = torch.cuda.get_rng_state()
+    region = torch.autocast("cuda", torch.float16) if fp16 else nullcontext()
+    found = replay(
+        model, lambda b: model[1](b).sum() + model(b).sum(), x, rng=rng, loss_scale=1.0, region=lambda: region
+    )
+    assert found.fqn == "3"
+    assert torch.equal(seen[0], expected != 0)
+    assert torch.equal(torch.cuda.get_rng_state(), before)
