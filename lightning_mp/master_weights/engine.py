@@ -28,9 +28,9 @@ MasterMode = Literal["copy", "split", "none"]
 _KINDS: dict[str, type[Master]] = {"copy": CopyMaster, "split": SplitMaster, "none": NoMaster}
 _PARAM_DTYPES = (torch.bfloat16, torch.float16)
 
-# 2**22 elements: FP32 stand-ins and gradients of 16 MB each, large enough that the cost of calling
+# 2**23 elements: FP32 stand-ins and gradients of 32 MB each, large enough that the cost of calling
 # the optimizer once per bucket disappears.
-_BUCKET_NUMEL = 2**22
+_BUCKET_NUMEL = 2**23
 
 
 class MasterWeights:

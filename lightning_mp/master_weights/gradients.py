@@ -13,11 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from lightning_mp.errors import LightningMPError, UnsupportedError
+from lightning_mp.master_weights.scratch import Scratch
 
 __all__ = ["Gradients", "total_grad_norm"]
 
 # The guard of torch.nn.utils.clip_grad_norm_ against division by zero.
 _CLIP_EPS = 1e-6
+_HALF = (torch.float16, torch.bfloat16)
 
 
 class NonFiniteNormError(LightningMPError, RuntimeError):
@@ -42,20 +44,40 @@ class Gradients:
     def __init__(self) -> None:
         self._pending: dict[nn.Parameter, _Pending] = {}
 
-    def fp32(self, param: nn.Parameter, out: Tensor | None = None) -> Tensor | None:
+    def fp32(self, param: nn.Parameter) -> Tensor | None:
         """Return the true FP32 gradient of ``param``: upcast, with the clips that wait applied.
 
-        Args:
-            param: Any parameter. An FP32 (or FP64, or complex) gradient is returned itself.
-            out: FP32 workspace of the gradient's shape, used when the gradient must be upcast.
+        An FP32 (or FP64, or complex) gradient is returned itself.
 
         Raises:
             UnsupportedError: If the gradient was changed after it was clipped.
         """
         grad = param.grad
-        if grad is None or grad.dtype not in (torch.float16, torch.bfloat16):
+        if grad is None or grad.dtype not in _HALF:
             return grad
-        grad = grad.to(torch.float32) if out is None or grad.is_sparse else out.copy_(grad)
+        return self._clipped_(param, grad.to(torch.float32))
+
+    def fp32_all(self, params: list[nn.Parameter], scratch: Scratch) -> list[Tensor | None]:
+        """Return the true FP32 gradients of parameters on one device, upcast into ``scratch``."""
+        grads = [param.grad for param in params]
+        dense = [index for index, grad in enumerate(grads) if grad is not None and _is_dense_half(grad)]
+        if not dense:
+            return [self.fp32(param) for param in params]
+        stored = [grad for grad in (grads[index] for index in dense) if grad is not None]
+        _, memory = scratch.carve("gradients", stored[0].device, [grad.numel() for grad in stored])
+        # In the shape and strides of the parameter, as the optimizer's own state has.
+        upcast = [
+            flat.as_strided(params[index].shape, params[index].stride())
+            for flat, index in zip(memory, dense, strict=True)
+        ]
+        torch._foreach_copy_(upcast, stored)
+        is_dense = set(dense)
+        results = [None if index in is_dense else self.fp32(param) for index, param in enumerate(params)]
+        for index, grad in zip(dense, upcast, strict=True):
+            results[index] = self._clipped_(params[index], grad)
+        return results
+
+    def _clipped_(self, param: nn.Parameter, grad: Tensor) -> Tensor:
         for operation in self._operations(param):
             operation(grad)
         return grad
@@ -103,7 +125,7 @@ class Gradients:
             grad = param.grad
             if grad is None:
                 continue
-            if grad.dtype not in (torch.float16, torch.bfloat16):
+            if grad.dtype not in _HALF:
                 operation(grad)
                 continue
             entry = self._pending.get(param)
@@ -121,6 +143,10 @@ class Gradients:
                 "its clipped value is not known. Change gradients before clipping, or accumulate them in FP32."
             )
         return entry.operations
+
+
+def _is_dense_half(grad: Tensor) -> bool:
+    return grad.dtype in _HALF and not grad.is_sparse
 
 
 @torch.no_grad()
@@ -155,7 +181,7 @@ def _norms(grads: list[Tensor], norm_type: float) -> list[Tensor]:
             batches.setdefault((grad.device, grad.dtype), []).append(index)
     for (_, dtype), indices in batches.items():
         # The dtype is that of the sum: a BF16 sum over many squares would lose most of them.
-        wide = torch.float32 if dtype in (torch.float16, torch.bfloat16) else None
+        wide = torch.float32 if dtype in _HALF else None
         batch = torch._foreach_norm([grads[index] for index in indices], norm_type, dtype=wide)
         found.update(zip(indices, batch, strict=True))
     return [found[index] for index in range(len(grads))]

@@ -1,16 +1,20 @@
 """How the FP32 value of one parameter is kept, and how it stands in for the parameter in a step.
 
-Each kind answers the same calls: ``load`` gives the FP32 tensor that an optimizer may update,
-``store`` publishes what it became, ``value`` reads it, ``assign`` sets it. A weight that was written
-from outside since it was last published is taken over by the first three.
+Each kind answers the same calls: ``load_all`` gives the FP32 tensors that an optimizer may update,
+``store_all`` publishes what they became, ``value`` reads one, ``assign`` sets it. A weight that was
+written from outside since it was last published is taken over when it is loaded or read. Loading and
+storing work on many parameters at once, because each call of torch costs more than a small tensor.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Self
 
-from lightning_mp.master_weights.split import flat_view, join_, publish_, split_
+from lightning_mp.master_weights.scratch import Scratch
+from lightning_mp.master_weights.split import flat_view, join_, publish_, round_, split_
 
 __all__ = ["CopyMaster", "Master", "NoMaster", "SplitMaster", "cast_param_"]
 
@@ -47,17 +51,20 @@ class Master(ABC):
         """Return what is kept besides the model parameter, to be sent to other ranks in place."""
         return []
 
+    @classmethod
     @abstractmethod
-    def load(self, out: Tensor | None = None) -> nn.Parameter:
-        """Return what stands in for the parameter inside the step.
+    def load_all(cls, masters: list[Self], scratch: Scratch) -> list[nn.Parameter]:
+        """Return what stands in for the parameters inside the step.
 
         Args:
-            out: FP32 workspace of the parameter's shape and strides that may be used for it.
+            masters: Masters of this kind on one device.
+            scratch: Memory that the stand-ins may use until they are stored.
         """
 
+    @classmethod
     @abstractmethod
-    def store(self, stand_in: nn.Parameter) -> None:
-        """Take the updated value of what :meth:`load` returned and publish it to the parameter."""
+    def store_all(cls, masters: list[Self], stand_ins: list[nn.Parameter], scratch: Scratch) -> None:
+        """Take the updated values of what :meth:`load_all` returned and publish them to the parameters."""
 
     @abstractmethod
     def value(self) -> Tensor:
@@ -94,23 +101,36 @@ class CopyMaster(Master):
     def tensors(self) -> list[Tensor]:
         return [self._master.detach()]
 
-    def load(self, out: Tensor | None = None) -> nn.Parameter:
-        self._take_over()
-        return self._master
+    @classmethod
+    @torch.no_grad()
+    def load_all(cls, masters: list[Self], scratch: Scratch) -> list[nn.Parameter]:
+        for master in masters:
+            master.move_()
+        if not cls._are_published(masters, scratch):
+            for master in masters:
+                master._take_over()
+        return [master._master for master in masters]
 
-    def store(self, stand_in: nn.Parameter) -> None:
-        with torch.no_grad():
-            publish_(flat_view(self._master), flat_view(self.param))
+    @classmethod
+    @torch.no_grad()
+    def store_all(cls, masters: list[Self], stand_ins: list[nn.Parameter], scratch: Scratch) -> None:
+        if not masters or masters[0].param.dtype is not torch.bfloat16:
+            for master in masters:
+                master._publish()
+            return
+        bits = cls._rounded(masters, scratch)
+        torch._foreach_copy_([flat_view(master.param).view(torch.int16) for master in masters], bits)
 
     def value(self) -> Tensor:
+        self.move_()
         self._take_over()
         return self._master.detach()
 
+    @torch.no_grad()
     def assign(self, value: Tensor) -> None:
-        with torch.no_grad():
-            self.move_()
-            self._master.copy_(value)
-            self.store(self._master)
+        self.move_()
+        self._master.copy_(value)
+        self._publish()
 
     def move_(self) -> None:
         master, param = self._master, self.param
@@ -118,9 +138,35 @@ class CopyMaster(Master):
             master.data = torch.empty_like(param, dtype=torch.float32).copy_(master)
 
     @torch.no_grad()
+    def _publish(self) -> None:
+        publish_(flat_view(self._master), flat_view(self.param))
+
+    @staticmethod
+    def _rounded(masters: Sequence["CopyMaster"], scratch: Scratch) -> list[Tensor]:
+        """Return the bits of the working weights, sign-extended to int32."""
+        sizes = [master.param.numel() for master in masters]
+        block, views = scratch.carve("weights", masters[0].param.device, sizes)
+        torch._foreach_copy_(views, [flat_view(master._master) for master in masters])
+        round_(block)
+        return [view.view(torch.int32) for view in views]
+
+    @classmethod
+    def _are_published(cls, masters: list[Self], scratch: Scratch) -> bool:
+        """Tell at one glance that no parameter was written, where that needs no wait for a device."""
+        if not masters:
+            return True
+        param = masters[0].param
+        if param.device.type != "cpu" or param.dtype is not torch.bfloat16:
+            return False
+        expected = cls._rounded(masters, scratch)
+        _, views = scratch.carve("compared", param.device, [bits.numel() for bits in expected])
+        found = [view.view(torch.int32) for view in views]
+        torch._foreach_copy_(found, [flat_view(master.param).view(torch.int16) for master in masters])
+        return all(torch.equal(left, right) for left, right in zip(found, expected, strict=True))
+
+    @torch.no_grad()
     def _take_over(self) -> None:
         """Let elements of the parameter that are not the published ones replace the master's."""
-        self.move_()
         master, param = flat_view(self._master), flat_view(self.param)
         published = torch.empty_like(param)
         publish_(master, published)
@@ -154,23 +200,47 @@ class SplitMaster(Master):
     def tensors(self) -> list[Tensor]:
         return [self._lo]
 
-    def load(self, out: Tensor | None = None) -> nn.Parameter:
-        return nn.Parameter(self._join(out))
+    @classmethod
+    @torch.no_grad()
+    def load_all(cls, masters: list[Self], scratch: Scratch) -> list[nn.Parameter]:
+        if not masters:
+            return []
+        his, los = cls._halves(masters)
+        _, values = scratch.carve("weights", his[0].device, [hi.numel() for hi in his])
+        join_(his, los, values)
+        return [nn.Parameter(_shaped(value, master.param)) for value, master in zip(values, masters, strict=True)]
 
-    def store(self, stand_in: nn.Parameter) -> None:
-        with torch.no_grad():
-            split_(flat_view(stand_in), flat_view(self.param), flat_view(self._lo))
-            if self._published is not None:
-                self._published.copy_(self.param)
-        self.settle_writes()
+    @classmethod
+    @torch.no_grad()
+    def store_all(cls, masters: list[Self], stand_ins: list[nn.Parameter], scratch: Scratch) -> None:
+        if not masters:
+            return
+        his, los = [flat_view(master.param) for master in masters], [flat_view(master._lo) for master in masters]
+        block, values = scratch.carve("weights", his[0].device, [hi.numel() for hi in his])
+        for value, stand_in, master in zip(values, stand_ins, masters, strict=True):
+            if stand_in.data_ptr() != value.data_ptr():  # the optimizer assigned new memory to it
+                _shaped(value, master.param).copy_(stand_in)
+        split_(block, values, his, los)
+        for master in masters:
+            if master._published is not None:
+                master._published.copy_(master.param)
+            master.settle_writes()
 
+    @torch.no_grad()
     def value(self) -> Tensor:
-        return self._join(None)
+        his, los = self._halves([self])
+        value = torch.empty_like(self.param, dtype=torch.float32)
+        join_(his, los, [flat_view(value)])
+        return value
 
+    @torch.no_grad()
     def assign(self, value: Tensor) -> None:
-        with torch.no_grad():
-            self.move_()
-            self.store(nn.Parameter(torch.empty_like(self.param, dtype=torch.float32).copy_(value)))
+        self.move_()
+        block = flat_view(torch.empty_like(self.param, dtype=torch.float32).copy_(value))
+        split_(block, [block], [flat_view(self.param)], [flat_view(self._lo)])
+        if self._published is not None:
+            self._published.copy_(self.param)
+        self.settle_writes()
 
     def settle_writes(self) -> None:
         self._version = self.param._version
@@ -180,15 +250,15 @@ class SplitMaster(Master):
         if self._published is not None:
             self._published = _like(self._published, self.param)
 
-    @torch.no_grad()
-    def _join(self, out: Tensor | None) -> Tensor:
-        self.move_()
-        if self.param._version != self._version or self._published is not None:
-            self._take_over()
-        out = torch.empty_like(self.param, dtype=torch.float32) if out is None else out
-        join_(flat_view(self.param), flat_view(self._lo), flat_view(out))
-        return out
+    @staticmethod
+    def _halves(masters: Sequence["SplitMaster"]) -> tuple[list[Tensor], list[Tensor]]:
+        for master in masters:
+            master.move_()
+            if master._version != master.param._version or master._published is not None:
+                master._take_over()
+        return [flat_view(master.param) for master in masters], [flat_view(master._lo) for master in masters]
 
+    @torch.no_grad()
     def _take_over(self) -> None:
         if self._published is None:
             self._lo.zero_()
@@ -207,11 +277,13 @@ class NoMaster(Master):
     def nbytes(self) -> int:
         return 0
 
-    def load(self, out: Tensor | None = None) -> nn.Parameter:
-        return nn.Parameter(self.param.detach())
+    @classmethod
+    def load_all(cls, masters: list[Self], scratch: Scratch) -> list[nn.Parameter]:
+        return [nn.Parameter(master.param.detach()) for master in masters]
 
-    def store(self, stand_in: nn.Parameter) -> None:
-        """Do nothing: the stand-in shares the parameter's memory."""
+    @classmethod
+    def store_all(cls, masters: list[Self], stand_ins: list[nn.Parameter], scratch: Scratch) -> None:
+        """Do nothing: the stand-ins share the parameters' memory."""
 
     def value(self) -> Tensor:
         return self.param.detach().to(torch.float32)
@@ -231,3 +303,8 @@ def _like(tensor: Tensor, param: nn.Parameter) -> Tensor:
     if tensor.device == param.device and tensor.stride() == param.stride():
         return tensor
     return torch.empty_like(param, dtype=tensor.dtype).copy_(tensor)
+
+
+def _shaped(value: Tensor, param: nn.Parameter) -> Tensor:
+    """View one-dimensional memory in the shape and strides of ``param``."""
+    return value.view(param.shape) if param.is_contiguous() else value.as_strided(param.shape, param.stride())

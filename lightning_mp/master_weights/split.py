@@ -11,26 +11,24 @@ from torch import Tensor
 
 from lightning_mp.errors import SettingTypeError, UnsupportedError
 
-__all__ = ["flat_view", "join_", "publish_", "split_"]
+__all__ = ["flat_view", "join_", "publish_", "round_", "split_"]
 
 # One BF16 ulp is 2**16 steps of the FP32 bit pattern; half of it turns truncation into rounding.
 _HALF_ULP = 0x8000
 _BF16_NAN = 0x7FC0
 
 
-def split_(value: Tensor, hi: Tensor, lo: Tensor) -> None:
-    """Write the BF16 working weight of ``value`` to ``hi`` and its 16 further bits to ``lo``.
+def split_(block: Tensor, values: list[Tensor], his: list[Tensor], los: list[Tensor]) -> None:
+    """Write the BF16 working weights of FP32 values to ``his`` and their 16 further bits to ``los``.
 
-    A NaN stays a NaN in ``hi``; of its payload only the low 16 bits survive. A finite magnitude that
-    rounds above the largest BF16 gives infinity in ``hi`` and is still restored exactly.
+    A NaN stays a NaN in its working weight; of its payload only the low 16 bits survive. A finite
+    magnitude that rounds above the largest BF16 gives infinity there and is still restored exactly.
 
     Args:
-        value: FP32, any shape, contiguous. Not modified.
-        hi: BF16, same shape and device, contiguous. Overwritten.
-        lo: int16, same shape and device, contiguous. Overwritten.
-
-    Raises:
-        SettingTypeError: If ``value`` is not FP32 or ``hi`` is not BF16.
+        block: FP32, one-dimensional: the memory that all ``values`` are views of. Overwritten.
+        values: FP32, one-dimensional views of ``block``. Overwritten.
+        his: BF16, as many elements each. Overwritten.
+        los: int16, as many elements each. Overwritten.
 
     References:
         Kalamkar et al., "A Study of BFLOAT16 for Deep Learning Training" (arXiv:1905.12322), section 3.
@@ -38,31 +36,47 @@ def split_(value: Tensor, hi: Tensor, lo: Tensor) -> None:
     Example:
         >>> value = torch.tensor([1.0 + 2.0**-8 + 2.0**-23])
         >>> hi, lo = torch.empty(1, dtype=torch.bfloat16), torch.empty(1, dtype=torch.int16)
-        >>> split_(value, hi, lo)
+        >>> split_(value, [value], [hi], [lo])
         >>> hi, lo
         (tensor([1.0078], dtype=torch.bfloat16), tensor([-32767], dtype=torch.int16))
     """
-    publish_(value, hi)
-    lo.copy_(value.view(torch.int32))  # keeps the low 16 bits
+    bits = [value.view(torch.int32) for value in values]
+    torch._foreach_copy_(los, bits)  # keeps the low 16 bits
+    round_(block)
+    torch._foreach_copy_([hi.view(torch.int16) for hi in his], bits)
 
 
-def join_(hi: Tensor, lo: Tensor, out: Tensor) -> None:
-    """Write the FP32 value whose halves :func:`split_` gave to ``out``.
+def join_(his: list[Tensor], los: list[Tensor], out: list[Tensor]) -> None:
+    """Write the FP32 values whose halves :func:`split_` gave to ``out``.
 
     Args:
-        hi: BF16, any shape, contiguous.
-        lo: int16, same shape and device, contiguous.
-        out: FP32, same shape and device, contiguous. Overwritten.
+        his: BF16, one-dimensional.
+        los: int16, as many elements each.
+        out: FP32, as many elements each. Overwritten.
 
     Example:
         >>> out = torch.empty(1)
-        >>> join_(torch.tensor([1.0], dtype=torch.bfloat16), torch.tensor([1], dtype=torch.int16), out)
+        >>> join_([torch.tensor([1.0], dtype=torch.bfloat16)], [torch.tensor([1], dtype=torch.int16)], [out])
         >>> (out - 1.0).item() == 2.0**-23
         True
     """
-    out.copy_(hi)
-    # The int32 copy is faster than letting add_ convert int16 element by element.
-    out.view(torch.int32).add_(lo.to(torch.int32))
+    torch._foreach_copy_(out, his)
+    torch._foreach_add_([value.view(torch.int32) for value in out], los)
+
+
+def round_(block: Tensor) -> None:
+    """Replace FP32 values by the bits of their BF16 working weights, as int32, in place.
+
+    Args:
+        block: FP32, one-dimensional. Afterwards ``block.view(torch.int32)`` holds the 16 bits of each
+            working weight, sign-extended.
+    """
+    # The addition carries a NaN whose upper mantissa bits are all set (CUDA makes such ones) into
+    # the sign, which would publish it as zero. On the CPU a sum finds out first whether there is one.
+    is_nan = block.isnan() if block.device.type != "cpu" or bool(block.sum().isnan()) else None
+    bits = block.view(torch.int32).add_(_HALF_ULP).bitwise_right_shift_(16)
+    if is_nan is not None:
+        bits.masked_fill_(is_nan, _BF16_NAN)
 
 
 def publish_(value: Tensor, hi: Tensor) -> None:
@@ -72,8 +86,8 @@ def publish_(value: Tensor, hi: Tensor) -> None:
     mode publishes the same weight. To FP16 ties round to even, as torch casts.
 
     Args:
-        value: FP32, any shape, contiguous. Not modified.
-        hi: BF16 or FP16, same shape and device, contiguous. Overwritten.
+        value: FP32, one-dimensional. Not modified.
+        hi: BF16 or FP16, as many elements, same device. Overwritten.
 
     Raises:
         SettingTypeError: If ``value`` is not FP32.
@@ -83,12 +97,9 @@ def publish_(value: Tensor, hi: Tensor) -> None:
     if hi.dtype is not torch.bfloat16:
         hi.copy_(value)
         return
-    bits = value.view(torch.int32).add(_HALF_ULP).bitwise_right_shift_(16)
-    hi.view(torch.int16).copy_(bits)
-    # The addition carries a NaN whose upper mantissa bits are all set (CUDA makes such ones) into
-    # the sign, which would publish it as zero. On the CPU a sum finds out first whether there is one.
-    if value.device.type != "cpu" or bool(value.sum().isnan()):
-        hi.view(torch.int16).masked_fill_(value.isnan(), _BF16_NAN)
+    block = value.clone()
+    round_(block)
+    hi.view(torch.int16).copy_(block.view(torch.int32))
 
 
 def flat_view(tensor: Tensor) -> Tensor:
@@ -101,7 +112,9 @@ def flat_view(tensor: Tensor) -> Tensor:
         >>> flat_view(torch.arange(6).view(2, 3).t())
         tensor([0, 1, 2, 3, 4, 5])
     """
-    if not tensor.is_contiguous() and not _is_dense(tensor):
+    if tensor.is_contiguous():
+        return tensor.view(-1)
+    if not _is_dense(tensor):
         raise UnsupportedError(
             f"master_weights: a weight of shape {tuple(tensor.shape)} was given memory with strides {tensor.stride()}, "
             "which has gaps or shares elements. Assign weight.data = value.contiguous()."

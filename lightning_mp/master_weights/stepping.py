@@ -19,12 +19,10 @@ from torch.optim import Optimizer
 
 from lightning_mp.master_weights.gradients import Gradients
 from lightning_mp.master_weights.masters import CopyMaster, Master, NoMaster, SplitMaster
+from lightning_mp.master_weights.scratch import Scratch
 
 __all__ = ["MasterStep"]
 
-# Stand-ins start where the allocator would start a tensor (512 bytes), because CUDA reductions add
-# in an order that depends on the alignment, and split must equal copy bit for bit.
-_ALIGNMENT = 128
 _HOOKS = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
 
 _Bucket = list[tuple[int, nn.Parameter]]
@@ -108,33 +106,34 @@ class MasterStep:
         result = None
         buckets = list(self._buckets())
         shared = _SharedState(self.optimizer) if len(buckets) > 1 else None
-        workspace = _Workspace()
+        scratch = Scratch()
         with _without_hooks(self.optimizer):
             for index, bucket in enumerate(buckets):
                 if shared is not None and index > 0:
                     shared.rewind_()
-                result = self._step_bucket(bucket, workspace, kwargs)
+                result = self._step_bucket(bucket, scratch, kwargs)
         return result if loss is None else loss
 
     def _buckets(self) -> Iterator[_Bucket]:
-        """Yield parameters with gradients, a bucket's worth at a time; one empty bucket if there are none."""
+        """Yield parameters with gradients, a bucket's worth of one device at a time; one empty if there are none."""
         bucket: _Bucket = []
         numel = 0
         for index, group in enumerate(self.optimizer.param_groups):
             for param in group["params"]:
                 if param.grad is None:
                     continue
-                if bucket and numel + param.numel() > self._bucket_numel:
+                is_full = numel + param.numel() > self._bucket_numel
+                if bucket and (is_full or param.device != bucket[0][1].device):
                     yield bucket
                     bucket, numel = [], 0
                 bucket.append((index, param))
                 numel += param.numel()
         yield bucket
 
-    def _step_bucket(self, bucket: _Bucket, workspace: "_Workspace", kwargs: dict[str, Any]) -> Any:
+    def _step_bucket(self, bucket: _Bucket, scratch: Scratch, kwargs: dict[str, Any]) -> Any:
         optimizer, state = self.optimizer, self.optimizer.state
         own_params = [group["params"] for group in optimizer.param_groups]
-        stand_ins = self._stand_ins(bucket, workspace)
+        stand_ins = self._stand_ins([param for _, param in bucket], scratch)
         try:
             for index, group in enumerate(optimizer.param_groups):
                 group["params"] = [stand_ins[param] for number, param in bucket if number == index]
@@ -147,40 +146,33 @@ class MasterStep:
             optimizer.state = state
             for group, params in zip(optimizer.param_groups, own_params, strict=True):
                 group["params"] = params
-            self._publish(stand_ins)
+            self._publish(stand_ins, scratch)
 
-    def _stand_ins(self, bucket: _Bucket, workspace: "_Workspace") -> dict[nn.Parameter, nn.Parameter]:
-        params = [param for _, param in bucket]
-        workspace.reserve(self._needed(params))
-        return {param: self._stand_in(param, workspace) for param in params}
-
-    def _needed(self, params: list[nn.Parameter]) -> dict[torch.device, int]:
-        """Count the FP32 elements that this bucket needs per device."""
-        needed: dict[torch.device, int] = defaultdict(int)
-        for param in params:
-            master = self._masters.get(param)
-            needed[param.device] += _padded(param) * (isinstance(master, SplitMaster) + _is_upcast(param, master))
-        return needed
-
-    def _stand_in(self, param: nn.Parameter, workspace: "_Workspace") -> nn.Parameter:
-        master = self._masters.get(param)
-        if master is None:
-            return param
-        stand_in = master.load(workspace.take(param) if isinstance(master, SplitMaster) else None)
-        if isinstance(master, NoMaster):
-            stand_in.grad = None if param.grad is None else param.grad.to(param.dtype)
+    def _stand_ins(self, params: list[nn.Parameter], scratch: Scratch) -> dict[nn.Parameter, nn.Parameter]:
+        """Return what the optimizer updates instead of each parameter, with its gradient."""
+        stand_ins = {param: param for param in params}
+        mastered = [param for param in params if param in self._masters]
+        masters = [self._masters[param] for param in mastered]
+        if not masters:
+            return stand_ins
+        loaded = type(masters[0]).load_all(masters, scratch)
+        if isinstance(masters[0], NoMaster):
+            grads = [None if param.grad is None else param.grad.to(param.dtype) for param in mastered]
         else:
-            out = workspace.take(param) if _is_upcast(param, master) else None
-            stand_in.grad = self._gradients.fp32(param, out)
-        return stand_in
+            grads = self._gradients.fp32_all(mastered, scratch)
+        for param, stand_in, grad in zip(mastered, loaded, grads, strict=True):
+            stand_in.grad = grad
+            stand_ins[param] = stand_in
+        return stand_ins
 
-    def _publish(self, stand_ins: dict[nn.Parameter, nn.Parameter]) -> None:
-        for param, stand_in in stand_ins.items():
+    def _publish(self, stand_ins: dict[nn.Parameter, nn.Parameter], scratch: Scratch) -> None:
+        mastered = [param for param in stand_ins if param in self._masters]
+        for param in mastered:
             self._gradients.forget(param)
-            master = self._masters.get(param)
-            if master is not None:
-                master.store(stand_in)
-                stand_in.grad = None
+            stand_ins[param].grad = None
+        if mastered:
+            masters = [self._masters[param] for param in mastered]
+            type(masters[0]).store_all(masters, [stand_ins[param] for param in mastered], scratch)
 
     def _load_state_dict(self, state_dict: dict[str, Any]) -> None:
         optimizer = self.optimizer
@@ -203,28 +195,6 @@ class MasterStep:
             return param
         scalar = torch.zeros((), dtype=torch.float32, device=param.device)
         return nn.Parameter(scalar.expand(param.shape), requires_grad=param.requires_grad)
-
-
-class _Workspace:
-    """FP32 memory that the buckets of one step share, so that each does not allocate its own."""
-
-    def __init__(self) -> None:
-        self._memory: dict[torch.device, Tensor] = {}
-        self._used: dict[torch.device, int] = {}
-
-    def reserve(self, needed: dict[torch.device, int]) -> None:
-        for device, numel in needed.items():
-            memory = self._memory.get(device)
-            if memory is None or memory.numel() < numel:
-                self._memory.pop(device, None)  # freed before the larger one is made
-                self._memory[device] = torch.empty(numel, dtype=torch.float32, device=device)
-            self._used[device] = 0
-
-    def take(self, param: nn.Parameter) -> Tensor:
-        """Return uninitialized memory of the shape and strides of ``param``."""
-        start = self._used[param.device]
-        self._used[param.device] += _padded(param)
-        return self._memory[param.device].as_strided(param.shape, param.stride(), start)
 
 
 class _SharedState:
@@ -283,18 +253,6 @@ def _rewind_(values: dict[Any, Any], saved: dict[Any, tuple[Any, Any]], concerns
             values[key] = value
         else:
             values[key] = _copy_of(before)
-
-
-def _padded(param: nn.Parameter) -> int:
-    return -(-param.numel() // _ALIGNMENT) * _ALIGNMENT
-
-
-def _is_upcast(param: nn.Parameter, master: Master | None) -> bool:
-    """Tell whether the gradient of ``param`` needs FP32 memory in the step."""
-    grad = param.grad
-    if grad is None or grad.is_sparse or master is None or isinstance(master, NoMaster):
-        return False
-    return grad.dtype is not torch.float32
 
 
 def _state_for(

@@ -1,12 +1,15 @@
 """How one parameter's FP32 value is kept, and what a write from outside does to it."""
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
 from torch import nn
 
 from lightning_mp.master_weights.masters import CopyMaster, Master, NoMaster, SplitMaster
+from lightning_mp.master_weights.scratch import Scratch
 
 KINDS = [CopyMaster, SplitMaster]
 
@@ -15,6 +18,16 @@ def make(kind: type[Master], value: torch.Tensor | None = None) -> tuple[nn.Para
     value = torch.randn(40, 8) if value is None else value
     param = nn.Parameter(value.clone())
     return param, kind(param, torch.bfloat16), value
+
+
+@contextmanager
+def stepped(master: Master) -> Iterator[nn.Parameter]:
+    """Load, let the caller update, and store, as a step does."""
+    scratch = Scratch()
+    stand_ins = type(master).load_all([master], scratch)
+    with torch.no_grad():
+        yield stand_ins[0]
+    type(master).store_all([master], stand_ins, scratch)
 
 
 def same_bits(left: torch.Tensor, right: torch.Tensor) -> bool:
@@ -51,12 +64,10 @@ def test_bytes_beside_the_parameter_are_those_of_the_contract(kind: type[Master]
 def test_a_parameter_in_another_memory_order_is_restored(kind: type[Master], layout: str) -> None:
     value = torch.randn(4, 3, 2, 5)
     value = value.contiguous(memory_format=torch.channels_last) if layout == "channels_last" else value.transpose(0, 1)
-    param, master, value = make(kind, value)
+    _param, master, value = make(kind, value)
     assert same_bits(master.value(), value)
-    stand_in = master.load(torch.empty_like(param, dtype=torch.float32))
-    with torch.no_grad():
+    with stepped(master) as stand_in:
         stand_in.add_(1.0)
-    master.store(stand_in)
     assert same_bits(master.value(), value + 1.0)
 
 
@@ -75,7 +86,8 @@ def test_a_weight_written_from_outside_is_taken_over_exactly(kind: type[Master],
     with torch.no_grad():
         write(param)
     assert same_bits(master.value(), param.detach().float())
-    assert same_bits(master.load(None).detach(), param.detach().float())
+    with stepped(master) as stand_in:
+        assert same_bits(stand_in.detach(), param.detach().float())
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -85,7 +97,8 @@ def test_a_write_through_data_is_not_undone(kind: type[Master]) -> None:
     param.data.fill_(1.5)
     tolerance = 0.0 if kind is CopyMaster else 2.0**-8
     torch.testing.assert_close(master.value(), torch.full_like(master.value(), 1.5), rtol=tolerance, atol=0.0)
-    master.store(master.load(None))
+    with stepped(master):
+        """Nothing is updated."""
     assert bool((param == 1.5).all())
 
 
@@ -103,10 +116,8 @@ def test_split_takes_over_only_the_written_elements_from_the_second_write_on() -
     with torch.no_grad():
         param[3].fill_(2.0)
     assert same_bits(master.value(), param.detach().float())  # the first write: the weight as it stands
-    stand_in = master.load(None)
-    with torch.no_grad():
+    with stepped(master) as stand_in:
         stand_in.copy_(value)
-    master.store(stand_in)
     with torch.no_grad():
         param.clamp_(-1.0, 1.0)  # as a WGAN does after every step
     rounded = param.detach().abs() == 1.0
@@ -128,3 +139,12 @@ def test_identity_gradient_dtype_and_deepcopy_survive_a_round_trip(kind: type[Ma
     param.float().sum().backward()
     assert param.grad.dtype is param.dtype
     assert copy.deepcopy(param).dtype is (torch.bfloat16 if kind is NoMaster else torch.float32)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_memory_that_an_optimizer_assigns_to_the_stand_in_is_taken(kind: type[Master]) -> None:
+    # Some optimizers write `param.data = new` where others update in place.
+    _, master, value = make(kind)
+    with stepped(master) as stand_in:
+        stand_in.data = stand_in.data + 1.0
+    assert same_bits(master.value(), value + 1.0)

@@ -19,9 +19,10 @@ def from_bits(bits: torch.Tensor) -> torch.Tensor:
 def round_trip(value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     hi = torch.empty_like(value, dtype=torch.bfloat16)
     lo = torch.empty_like(value, dtype=torch.int16)
-    split_(value, hi, lo)
+    block = value.clone()
+    split_(block, [block], [hi], [lo])
     out = torch.empty_like(value)
-    join_(hi, lo, out)
+    join_([hi], [lo], [out])
     return hi, out
 
 
