@@ -54,6 +54,10 @@ class ModulePin(Protocol):
     def parameters(self) -> Iterable[nn.Parameter]:
         """Return the parameters that stay in FP32."""
 
+    @property
+    def modules(self) -> Mapping[str, object]:
+        """The pinned modules by full dotted name."""
+
 
 class MixedPrecision(StepRegions, FSDPPrecision):  # type: ignore[misc]  # Lightning types its contexts as generators
     """Train in mixed precision: ``Trainer(plugins=[MixedPrecision("bf16")])``.
@@ -138,7 +142,10 @@ class MixedPrecision(StepRegions, FSDPPrecision):  # type: ignore[misc]  # Light
         converted = self._fp8 is not None and self._fp8.is_converted
         rows = self._fp8.rows if self._fp8 is not None and converted else ()
         return build_manifest(
-            self._module, self.policy, fp8_reasons={row.fqn: (row.converted, row.reason) for row in rows}
+            self._module,
+            self.policy,
+            pinned=frozenset(fqn for pin in self._applied_pins for fqn in pin.modules),
+            fp8_reasons={row.fqn: (row.converted, row.reason) for row in rows},
         )
 
     def fp32_state_dict(self, module: nn.Module) -> dict[str, Any]:

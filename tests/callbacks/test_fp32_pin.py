@@ -2,6 +2,7 @@
 
 import logging
 import os
+import warnings
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_mp.callbacks.fp32_pin import FP32Pin
+from lightning_mp.callbacks.overflow_monitor import OverflowMonitor
 from lightning_mp.errors import SettingValueError, UnmatchedPatternError, UnsupportedError
 from lightning_mp.pinning.swap import role_of
 from lightning_mp.precision import MixedPrecision
@@ -336,6 +338,52 @@ def test_pinned_parameters_stay_fp32_in_the_sixteen_bit_weight_modes(master_weig
     assert kept == {"attention.norm.weight", "attention.norm.bias", "head.weight", "head.bias"}
     assert dtypes.seen["attention.query.weight"] is torch.bfloat16
     assert pin.reports["training_step"].below_fp32 == ()
+    assert set(model.attention.seen) == {torch.float32}
+    assert_nothing_is_left(model)
+
+
+def test_manifest_of_the_plugin_shows_the_pinned_modules_while_they_are():
+    class Manifest(Callback):
+        def on_train_batch_end(self, run, *args):
+            self.rows = {row.fqn: (row.module_class, row.pinned) for row in run.precision_plugin.manifest()}
+
+    seen, plugin = Manifest(), MixedPrecision("bf16")
+    trainer(FP32Pin(modules=["head"]), seen, plugins=[plugin]).fit(Model(), data())
+    assert seen.rows == {
+        "attention.query": ("Linear", False),
+        "attention.norm": ("LayerNorm", True),
+        "head": ("Linear", True),
+    }
+    assert not any(row.pinned for row in plugin.manifest())
+
+
+def test_pinned_linear_is_left_out_of_fp8():
+    class Wide(Model):
+        def build(self):
+            super().build()
+            self.head = nn.Sequential(nn.Linear(4, 16), nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 3))
+
+    class Classes(Callback):
+        def on_train_batch_end(self, run, module, *args):
+            self.seen = [type(layer).__name__ for layer in module.head]
+
+    classes, pin = Classes(), FP32Pin(modules=["head.1"])
+    plugin = MixedPrecision("fp8", fp8={"backend": "emulated"})
+    trainer(pin, classes, plugins=[plugin]).fit(Wide(), data())
+    assert classes.seen == ["Linear", "Linear", "FP8Linear", "Linear"]
+    assert pin.reports["training_step"].below_fp32 == ()
+
+
+def test_overflow_that_the_monitor_replays_runs_pinned():
+    class Overflows(Model):
+        def loss(self, batch):
+            return super().loss(batch) * 3e38
+
+    model, monitor = Overflows(), OverflowMonitor(probe="replay")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the monitor's own alarm, tested with the monitor
+        trainer(FP32Pin(), monitor, plugins=[MixedPrecision("fp16", loss_scale=1024.0)]).fit(model, data())
+    assert monitor.events
     assert set(model.attention.seen) == {torch.float32}
     assert_nothing_is_left(model)
 
