@@ -1,7 +1,8 @@
 """Train a small byte-level GPT on real English text, in FP32 and in mixed precision, and compare.
 
 Shows that ``Trainer(plugins=[MixedPrecision(...)])`` is all it takes, that BF16 and FP16 reach the loss
-of FP32, and what the plugin counted on the way (steps applied and skipped, the loss scale).
+of FP32, what the plugin counted on the way (steps applied and skipped, the loss scale), and the callbacks that keep
+softmax, norms and the loss in FP32, watch for overflow and write a report page per run.
 
 Run it with ``make demo``, or::
 
@@ -24,16 +25,25 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from pydoc_data.topics import topics
 
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from lightning_mp import MixedPrecision
+from lightning_mp import (
+    FP32Pin,
+    GradientRangeMonitor,
+    LossScaleMonitor,
+    MixedPrecision,
+    OverflowMonitor,
+    PrecisionReport,
+)
 
 VOCABULARY = 256  # every byte is a token
 STEPS = 500
@@ -106,9 +116,7 @@ class ByteGPT(LightningModule):
 
     def forward(self, tokens: Tensor) -> Tensor:
         x = self.norm(self.blocks(self.embedding(tokens)))
-        logits = F.linear(x, self.embedding.weight)
-        # The loss belongs in FP32: CPU autocast would compute the softmax inside it in BF16.
-        return logits.float()
+        return F.linear(x, self.embedding.weight)
 
     def loss(self, batch: Tensor) -> Tensor:
         """Return the cross-entropy of each next byte in nats, a scalar."""
@@ -193,6 +201,7 @@ class Result:
     cuda_peak_bytes: int | None
     seconds: float
     sample: str
+    report: Path | None
 
     def cells(self) -> dict[str, str]:
         """Return what the table shows of this run, by column."""
@@ -241,7 +250,7 @@ def train(precision: str, args: argparse.Namespace) -> Result:
     train_loader, val_loader = make_loaders(args)
     model = ByteGPT(width=args.width, depth=args.depth, heads=args.heads, context=args.context, steps=args.steps)
     plugin = MixedPrecision(precision)
-    memory = StateMemory()
+    memory, report = StateMemory(), PrecisionReport()
     trainer = Trainer(
         plugins=[plugin],
         accelerator=args.accelerator,
@@ -249,10 +258,10 @@ def train(precision: str, args: argparse.Namespace) -> Result:
         max_epochs=1,
         gradient_clip_val=1.0,
         num_sanity_val_steps=0,
-        logger=False,
+        logger=CSVLogger(args.out, name=f"quickstart-{precision}"),
         enable_checkpointing=False,
         enable_model_summary=False,
-        callbacks=[memory],
+        callbacks=[FP32Pin(), OverflowMonitor(), LossScaleMonitor(), GradientRangeMonitor(), memory, report],
     )
     untrained = trainer.validate(model, val_loader, verbose=False)[0]["val_loss"]
     on_cuda = trainer.strategy.root_device.type == "cuda"
@@ -271,6 +280,7 @@ def train(precision: str, args: argparse.Namespace) -> Result:
         cuda_peak_bytes=torch.cuda.max_memory_allocated() if on_cuda else None,
         seconds=time.perf_counter() - start,
         sample=model.generate(b"The ", args.sample_bytes).decode(errors="replace"),
+        report=report.path,
     )
 
 
@@ -326,6 +336,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--context", type=int, default=128, help="bytes the model sees")
     parser.add_argument("--val-windows", type=int, default=None, help="validate on the first N windows only")
     parser.add_argument("--sample-bytes", type=int, default=120, help="length of the generated text")
+    parser.add_argument("--out", type=Path, default=Path("runs"), help="folder of logs and report pages")
     return parser.parse_args(argv)
 
 
@@ -333,9 +344,9 @@ def quiet_lightning() -> None:
     """Leave of Lightning's messages those that come from lightning_mp."""
     logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
     logger.addFilter(lambda record: record.getMessage().startswith("lightning_mp"))
-    # The data is in memory, and Lightning 2.6 tests tree specs in a way that torch 2.13 deprecates.
-    warnings.filterwarnings("ignore", ".*does not have many workers.*")
-    warnings.filterwarnings("ignore", ".*LeafSpec.*")
+    # The data is in memory, runs may be short, and Lightning 2.6 tests tree specs in a way that torch 2.13 deprecates.
+    for message in (".*does not have many workers.*", ".*smaller than the logging interval.*", ".*LeafSpec.*"):
+        warnings.filterwarnings("ignore", message)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -349,6 +360,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     for result in results:
         print(f"{result.precision} writes: {result.sample!r}")
     check(results, args.steps)
+    for result in results:
+        print(f"report of the {result.precision} run: {result.report}")
 
 
 if __name__ == "__main__":

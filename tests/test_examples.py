@@ -44,6 +44,11 @@ def quickstart() -> types.ModuleType:
 
 
 @pytest.fixture(autouse=True)
+def _files_go_to_a_folder_of_the_test(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(autouse=True)
 def _logging_is_restored() -> Iterator[None]:
     logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
     lightning = logging.getLogger("lightning.pytorch")
@@ -107,6 +112,7 @@ def make_result(quickstart, **changes):
         cuda_peak_bytes=None,
         seconds=1.0,
         sample="",
+        report=None,
     )
     return dataclasses.replace(result, **changes)
 
@@ -144,7 +150,9 @@ def test_quickstart_runs_as_a_command_from_another_directory(tmp_path) -> None:
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     assert list(table_rows(done.stdout)) == ["bf16"]
-    assert list(tmp_path.iterdir()) == [], "the example leaves no files behind"
+    page = tmp_path / re.search(r"report of the bf16 run: (.*\.html)", done.stdout)[1]
+    assert "<html" in page.read_text()
+    assert [path.name for path in tmp_path.iterdir()] == ["runs"], "all files lie under runs/"
 
 
 @pytest.fixture
@@ -198,8 +206,7 @@ def readme_blocks(language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
 
 
-def test_every_python_block_of_the_readme_runs_in_order(tmp_path, monkeypatch) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_every_python_block_of_the_readme_runs_in_order() -> None:
     blocks = readme_blocks("python")
     assert "".join(blocks).count("Trainer(plugins=") >= 3
     namespace: dict[str, object] = {}
@@ -209,8 +216,7 @@ def test_every_python_block_of_the_readme_runs_in_order(tmp_path, monkeypatch) -
 
 # Lightning 2.6 calls parts of jsonargparse that its newest version renames.
 @pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning")
-def test_every_yaml_block_of_the_readme_trains_through_lightning_cli(tmp_path, monkeypatch) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_every_yaml_block_of_the_readme_trains_through_lightning_cli(monkeypatch) -> None:
     monkeypatch.setattr(sys, "argv", ["train.py"])  # LightningCLI warns of arguments in two places
     blocks = readme_blocks("yaml")
     assert blocks
