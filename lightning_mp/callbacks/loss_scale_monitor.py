@@ -186,19 +186,22 @@ class LossScaleMonitor(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # The plugin has settled its last step in its teardown, which comes before this hook.
-        self._finish()
+        self._finish(trainer, pl_module)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         if isinstance(exception, LightningMPError):
-            self._finish()
+            self._finish(trainer, pl_module)
         self._stop_listening()
         self.event_log.close()
 
-    def _finish(self) -> None:
+    def _finish(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._stop_listening()
+        if self.history:
+            self._announce(trainer, pl_module)
         self.event_log.close()
         if self.plot and self.history and self.event_log.path is not None:
-            trajectory = LossScaleTrajectory(self._limits)
+            # Only rank zero draws: a sync would wait for the others forever.
+            trajectory = LossScaleTrajectory(self._limits, sync_on_compute=False)
             trajectory.update_from(self.history)
             save_picture(trajectory, self.event_log.path.with_suffix(".png"), owner="LossScaleMonitor")
 

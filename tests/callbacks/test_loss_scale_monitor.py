@@ -249,6 +249,32 @@ def test_copy_made_while_listening_listens_to_nothing():
     assert copier.copied._plugin is None
 
 
+class Histories(Callback):
+    """Writes what each rank holds at the end."""
+
+    def __init__(self, dirpath):
+        self.dirpath = dirpath
+
+    def on_fit_end(self, trainer, pl_module):
+        found = [[r.step, r.loss_scale, r.skipped] for r in trainer.callbacks[0].history]
+        (self.dirpath / f"rank{trainer.global_rank}.json").write_text(json.dumps(found))
+
+
+class BadOnRankOne(Regression):
+    def training_step(self, batch, batch_idx):
+        return self.loss(batch) * (INF if batch_idx == 2 and self.global_rank == 1 else 1.0)
+
+
+def test_two_ranks_hold_one_history_and_rank_zero_writes_it(tmp_path):
+    monitor = LossScaleMonitor(dirpath=tmp_path)
+    settings = {"strategy": "ddp_fork", "devices": 2, "use_distributed_sampler": False, "limit_train_batches": 5}
+    run = trainer(fp16(), callbacks=[monitor, Histories(tmp_path)], log_every_n_steps=1, **settings)
+    run.fit(BadOnRankOne(fused=True), batches())
+    ranks = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1)]
+    assert ranks[0] == ranks[1] == [[i, 1024.0 if i < 3 else 512.0, i == 2] for i in range(5)]
+    assert [event["step"] for event in read_events(tmp_path / "loss_scale.jsonl")] == list(range(5))
+
+
 # --- Health ----------------------------------------------------------------------------------------
 
 
@@ -291,6 +317,13 @@ def test_run_that_dies_at_the_floor_keeps_its_last_record_and_picture(tmp_path):
     assert [r.loss_scale for r in monitor.history] == [2.0, 1.0, 1.0, 1.0]
     assert monitor.health == "stuck"
     assert (tmp_path / "loss_scale.png").exists()
+
+
+def test_short_run_that_ends_before_a_log_step_is_judged_at_its_end():
+    monitor = LossScaleMonitor()
+    run = trainer(MixedPrecision("bf16"), callbacks=[monitor], log_every_n_steps=50)
+    run.fit(Regression(factors=BAD), batches())
+    assert monitor.message.startswith("thrashing: 3 of the last 8 steps were skipped for Inf or NaN gradients")
 
 
 def test_scale_at_its_cap_is_stuck():
