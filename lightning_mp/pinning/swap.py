@@ -94,12 +94,13 @@ class _Swapped(nn.Module):
             return super().forward(*args, **kwargs)
         return self._pinning_role(self, super().forward, args, kwargs)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+    def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> Any:
         # `module.to(torch.bfloat16)`, as of Lightning's bf16-true, moves a pinned module but leaves it FP32.
+        # Further arguments pass through: those of a torchmetrics.Metric differ from nn.Module's.
         role = self._pinning_role
         if isinstance(role, InFP32):
             fn = _keep_fp32(fn, role.withhold)
-        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return super()._apply(fn, *args, **kwargs)  # type: ignore[no-untyped-call]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         reduced: Any = super().__reduce_ex__(protocol)

@@ -7,9 +7,11 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
+import torchmetrics
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EMAWeightAveraging
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+from lightning.pytorch.tuner import Tuner
 from lightning.pytorch.utilities.compile import from_compiled
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -90,7 +92,7 @@ class Model(LightningModule):
         return self(batch[0]).softmax(-1)
 
     def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), 0.1)
+        return torch.optim.SGD(self.parameters(), getattr(self, "lr", 0.1))
 
 
 class LateModel(Model):
@@ -301,6 +303,49 @@ def test_second_fit_and_another_trainer_pin_again(plugin):
         run.fit_loop.max_epochs = 2
         run.fit(model, data())
     assert model.attention.seen == [torch.float32] * 12
+
+
+@pytest.mark.parametrize("plugin", BF16_PLUGINS)
+def test_metric_that_calls_a_pinned_function_is_logged_as_ever(plugin):
+    class Confidence(torchmetrics.MeanMetric):
+        def __init__(self):
+            super().__init__()
+            self.functions = [torch.softmax]
+            self.seen = []
+
+        def update(self, logits):
+            probabilities = self.functions[0](logits, -1)
+            self.seen.append(probabilities.dtype)
+            super().update(probabilities.amax(-1))
+
+    class Metered(Model):
+        def build(self):
+            super().build()
+            self.confidence = Confidence()
+
+        def training_step(self, batch, batch_idx):
+            self.confidence(self(batch[0]))
+            self.log("confidence", self.confidence, on_epoch=True)
+            return self.loss(batch)
+
+    model = Metered()
+    run = trainer(FP32Pin(), max_epochs=2, **PLUGINS[plugin]())
+    run.fit(model, data())
+    assert 1 / 3 < run.callback_metrics["confidence_epoch"] < 1
+    assert set(model.confidence.seen) == {torch.float32}
+    assert_nothing_is_left(model)
+
+
+@pytest.mark.parametrize("plugin", BF16_PLUGINS)
+def test_learning_rate_finder_runs_pinned_and_a_fit_follows(plugin, tmp_path):
+    model = Model()
+    model.lr = 0.1
+    run = trainer(FP32Pin(), default_root_dir=tmp_path, **PLUGINS[plugin]())
+    Tuner(run).lr_find(model, data(), num_training=4, update_attr=False)
+    assert_nothing_is_left(model)
+    run.fit(model, data())
+    assert set(model.attention.seen) == {torch.float32}
+    assert_nothing_is_left(model)
 
 
 @pytest.mark.parametrize("plugin", BF16_PLUGINS)
