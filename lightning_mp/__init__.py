@@ -2,6 +2,7 @@
 
 from lightning_mp.__about__ import __version__
 from lightning_mp.callbacks import (
+    FP8Monitor,
     FP32Pin,
     GradientRangeMonitor,
     LossScaleMonitor,
@@ -25,6 +26,7 @@ __all__ = [
     "DynamicLossScale",
     "FP32Pin",
     "FP8Config",
+    "FP8Monitor",
     "FP8UnavailableError",
     "GradientRangeMonitor",
     "LightningMPError",

@@ -57,6 +57,11 @@ class StepRegions(StepReadings):
     _region: TrainStepRegion | None
     _fp8: FP8Engine | None
 
+    @property
+    def fp8_engine(self) -> FP8Engine | None:
+        """What runs layers in FP8; ``None`` in other precisions."""
+        return self._fp8
+
     def forward_context(self) -> AbstractContextManager[Any]:
         if self.policy.precision == "fp32":
             return nullcontext()
