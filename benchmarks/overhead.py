@@ -96,13 +96,13 @@ class Residual(nn.Module):
 
 
 class SlowModel(TinyModel):
-    """Four feed-forward blocks, large enough that a step takes over 5 ms on one CPU core."""
+    """Two feed-forward blocks, large enough that a step takes over 5 ms on one CPU core."""
 
     width = 256
     batch_size = 64
 
     def make_net(self) -> nn.Module:
-        return nn.Sequential(*(Residual(self.width) for _ in range(4)), nn.Linear(self.width, 2))
+        return nn.Sequential(*(Residual(self.width) for _ in range(2)), nn.Linear(self.width, 2))
 
 
 class Batches:

@@ -164,3 +164,15 @@ def test_estimates_are_frozen_and_print_as_a_table() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         estimate.weights = 0
     assert format_estimate(estimate).splitlines()[-1].split() == ["total", "13.04", "14.00"]
+
+
+@pytest.mark.parametrize("name", ["params", "copy", "split", "split, 4 backwards per step", "none"])
+@pytest.mark.filterwarnings("ignore:.*master_weights='none'.*")
+def test_estimate_is_within_2_percent_of_the_live_bytes_of_a_real_run(name: str) -> None:
+    from benchmarks.memory import CASES, measure
+
+    case = next(case for case in CASES if case.name == name)
+    row = measure(case, device="cpu", width=128, layers=8)
+    # The rest is Adam's step counters, the loss and the like: some bytes per tensor.
+    assert row["estimate"] == pytest.approx(row["rest"], rel=0.02)
+    assert row["peak"] > row["rest"]

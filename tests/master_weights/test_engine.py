@@ -206,3 +206,50 @@ def test_a_second_backward_makes_16_bit_gradients_fp32_without_being_announced()
         results.append(net.first.weight.grad)
     assert torch.equal(*results)
     assert results[1].dtype is torch.float32
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("settings", [{"fused": True}, {"foreach": True}])
+def test_split_equals_copy_on_cuda_and_masters_follow_the_module_there(settings: dict[str, Any]) -> None:
+    results = []
+    for mode in ("copy", "split"):
+        net = Net()
+        exact = net.first.weight.detach().clone()
+        masters = MasterWeights(mode, bucket_numel=300)
+        masters.convert_(net)  # before the strategy moves the module
+        net.to("cuda")
+        optimizer = torch.optim.AdamW(net.parameters(), lr=1e-4, **settings)
+        masters.attach([optimizer], accumulates=False)
+        assert torch.equal(masters.value_of(net.first.weight).cpu(), exact)
+        for seed in range(5):
+            for param in net.parameters():
+                generator = torch.Generator("cuda").manual_seed(seed)
+                param.grad = torch.randn(param.shape, generator=generator, device="cuda").to(param.grad_dtype)
+            masters.gradients.clip_norm_(net.parameters(), 1.0)
+            optimizer.step()
+        net.cpu()  # as Lightning's teardown does first
+        masters.detach()
+        results.append(net)
+    for left, right in zip(results[0].parameters(), results[1].parameters(), strict=True):
+        assert left.device.type == "cpu"
+        assert torch.equal(left, right)
+
+
+@pytest.mark.gpu
+def test_a_step_with_16_bit_gradients_and_clipping_waits_for_no_device() -> None:
+    net = Net()
+    masters = MasterWeights("split")
+    masters.convert_(net)
+    net.to("cuda")
+    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-4, fused=True)
+    masters.attach([optimizer], accumulates=False)
+    try:
+        for _ in range(2):
+            for param in net.parameters():
+                param.grad = torch.ones_like(param, dtype=param.grad_dtype)
+            torch.cuda.set_sync_debug_mode("error")
+            masters.gradients.clip_norm_(net.parameters(), 1.0)
+            optimizer.step()
+            torch.cuda.set_sync_debug_mode("default")
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
