@@ -87,6 +87,15 @@ def test_quickstart_trains_fp16_on_a_cpu_at_a_tiny_size(quickstart, capsys) -> N
     assert float(row["loss scale"]) == 2.0 ** (16 - int(row["skipped"]))
 
 
+@pytest.mark.parametrize("recipe", ["current", "delayed", "block"])
+def test_quickstart_trains_fp8_on_a_cpu_through_emulation(quickstart, capsys, recipe) -> None:
+    quickstart.main(f"{TINY} --steps 3 --precision fp8 --recipe {recipe}".split())
+    output = capsys.readouterr()
+    row = table_rows(output.out)["fp8"]
+    assert (row["applied"], row["skipped"]) == ("3", "0")
+    assert float(row["nats/byte"]) == pytest.approx(math.log(256), rel=0.1)
+
+
 def test_quickstart_names_the_precision_that_auto_chose(quickstart, capsys) -> None:
     quickstart.main(f"{TINY} --steps 1 --precision auto".split())
     assert set(table_rows(capsys.readouterr().out)) <= {"bf16", "fp16"}
@@ -172,13 +181,15 @@ def test_finetune_holds_out_paragraphs_that_it_does_not_train_on(finetune) -> No
 @pytest.mark.slow
 def test_finetune_trains_the_pretrained_encoder_and_reports_accuracy(finetune, tmp_path, capsys, monkeypatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    small = "--accelerator cpu --steps 3 --batch-size 4 --max-paragraphs 16"
+    small = "--accelerator cpu --master-weights copy --steps 3 --batch-size 4 --max-paragraphs 16"
     finetune.main([*small.split(), f"--out={tmp_path}"])
     output = capsys.readouterr().out
     assert "16 paragraphs to learn from, 16 held out" in output
-    assert re.search(
-        r"bf16, master_weights='params': 3 steps applied, 0 skipped; accuracy .*% before, .*% after", output
-    )
+    counted = r"bf16, master_weights='copy': 3 steps applied, 0 skipped; accuracy .*% before, .*% after"
+    assert re.search(counted, output)
+    page = Path(re.search(r"report: (.*\.html)", output)[1])
+    assert page.is_relative_to(tmp_path)
+    assert "<html" in page.read_text()
 
 
 def test_finetune_says_which_package_brings_the_weights(finetune, monkeypatch) -> None:
@@ -231,3 +242,11 @@ def test_every_make_command_of_the_readme_is_a_target() -> None:
     targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
     named = re.findall(r"\bmake (\w+)", "".join(readme_blocks("sh")))
     assert {"demo", "test"} <= set(named) <= set(targets)
+
+
+def test_overflow_example_names_the_culprit_in_a_warning_an_error_and_by_hand(capsys) -> None:
+    load("examples/find_overflow.py").main()
+    output = capsys.readouterr().out
+    assert output.count("blocks.1.second made Inf in forward") == 2
+    assert "stopped: on_overflow='raise': step 3, batch 3, rank 0: blocks.1.second" in output
+    assert "first non-finite output in blocks.1.second" in output

@@ -45,16 +45,18 @@ _UNKNOWN = Finding("backward", "unknown", "inf", 0)
 class OverflowMonitor(Callback):
     """Say which module or parameter went non-finite, in which phase, whenever a step has Inf or NaN gradients.
 
-    A step without overflow costs one snapshot of torch's random states (about 3 us): no hook and no
-    host sync. With ``probe="replay"`` the offending batch is computed once more under probes. That leaves
-    random states, gradients, buffers, metrics, logs, attributes of modules and progress as they were.
-    torch's random numbers are rewound for it; Python's and NumPy's are only protected. Not protected:
-    direct calls of ``logger.experiment``, what ``training_step`` writes to parameters or to objects
-    outside modules. A batch is held one step longer, under accumulation all batches of a step.
+    A step without overflow costs one snapshot of torch's random states (2 us): no hook and no host sync.
+    With ``probe="replay"`` the offending batch is computed once more under probes. That leaves random
+    states, gradients, buffers, metrics, logs, attributes of modules and progress as they were. torch's
+    random numbers are rewound for it; Python's and NumPy's are only protected. Not protected: direct calls
+    of ``logger.experiment``, what ``training_step`` writes to parameters or to objects outside modules. A
+    tensor of the batch that it changes in place is replayed as changed. A batch is held one step longer,
+    under accumulation all batches of a step.
 
     With an optimizer that skips on the device (fused Adam, AdamW) the event comes one step late, before the
-    next update. Manual optimization, ``dataloader_iter``, sharding strategies and a replay that fails
-    (as by reentrant checkpointing) fall back to ``"gradients"``, which is said once.
+    next update. Manual optimization, ``dataloader_iter``, sharding strategies and a replay that fails (as by
+    reentrant checkpointing) fall back to ``"gradients"``, which is said once. Where the gradients are gone
+    by then, as with the first failed replay under such an optimizer, ``fqn`` is ``"unknown"``.
 
     It works with ``MixedPrecision`` in every precision, and with the ``GradScaler`` of Lightning's own
     plugins. Plugins that look at no gradient (FP32 and BF16 of Lightning) give no events.
@@ -109,6 +111,8 @@ class OverflowMonitor(Callback):
         self._window: list[HeldBatch] = []
         self._attempted: list[HeldBatch] = []
         self._amaxes: tuple[list[Parameter], Tensor] | None = None
+        self._may_lose_gradients = False
+        self._has_validation = False
         self._has_gradients = False
         self._has_applied = False
         self._alarmed: set[tuple[str, str, str]] = set()
@@ -135,11 +139,15 @@ class OverflowMonitor(Callback):
         reason = reason_against_replay(trainer, pl_module) if self.probe == "replay" else None
         if reason is not None:
             self._fall_back(reason)
+        self._has_validation = trainer.enable_validation
         self._listen(trainer)
 
     def _listen(self, trainer: Trainer) -> None:
         plugin = trainer.precision_plugin
+        is_manual = not trainer.lightning_module.automatic_optimization
+        self._may_lose_gradients = is_manual
         if isinstance(plugin, MixedPrecision):
+            self._may_lose_gradients = is_manual or plugin.policy.on_nonfinite == "ignore"
             self._plugin = plugin
             plugin.add_step_listener(self._on_report)
             return
@@ -191,36 +199,38 @@ class OverflowMonitor(Callback):
         self._has_gradients = False
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-        if self._window:
+        if self._method == "always" and self._window:
             self._window[-1].note_loss(loss)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         if self._watch is not None:
             self._watch.before_step(trainer.global_step)
         self._attempted, self._has_gradients = self._window, True
-        self._amaxes = gradient_amaxes(optimizer) if self._loses_gradients(pl_module, optimizer) else None
-        if self._window:
+        if self._may_lose_gradients and self._loses_gradients(optimizer):
+            self._amaxes = gradient_amaxes(optimizer)
+        if self._method == "always" and self._window:
             self._window[-1].note_gradients(optimizer)
 
-    def _loses_gradients(self, pl_module: LightningModule, optimizer: Optimizer) -> bool:
+    def _loses_gradients(self, optimizer: Optimizer) -> bool:
         """Tell whether nobody can look at this step's gradients any more when its outcome is known."""
-        if self._plugin is None:
-            return False
-        if self._plugin.policy.on_nonfinite == "ignore":
-            return True
-        return not pl_module.automatic_optimization and supports_skip_on_device(optimizer)
+        self._amaxes = None
+        plugin = self._plugin
+        return plugin is None or plugin.policy.on_nonfinite == "ignore" or supports_skip_on_device(optimizer)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if self._window:
+        if self._method == "always" and self._window:
             self._window[-1].unwatch()
         if self._watch is not None:
             self._watch.after_step()
-        loop = trainer.fit_loop
         # Validation changes the mode of the modules and takes no gradients.
-        if loop.epoch_loop._should_check_val_fx(loop._data_fetcher):  # type: ignore[arg-type]
+        if self._has_validation and _validates_next(trainer):
             self._settle()
+        if self._unlogged:
+            self._log(pl_module)
+
+    def _log(self, pl_module: LightningModule) -> None:
         for name, count in self._unlogged.items():
             # Without a batch size Lightning would look for one in the batch, and refuse dataloader_iter.
             pl_module.log(name, count, on_step=True, on_epoch=False, logger=False, batch_size=1)
@@ -368,6 +378,11 @@ class OverflowMonitor(Callback):
             rank_zero_warn(f"OverflowMonitor: {describe_event(event)} Said once for this culprit; events has them all.")
         else:
             notice(f"OverflowMonitor: {describe_event(event)}")
+
+
+def _validates_next(trainer: Trainer) -> bool:
+    loop = trainer.fit_loop
+    return loop.epoch_loop._should_check_val_fx(loop._data_fetcher)  # type: ignore[arg-type]
 
 
 def _check(name: str, value: str, allowed: tuple[str, ...]) -> None:

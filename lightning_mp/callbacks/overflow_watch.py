@@ -23,19 +23,18 @@ __all__ = ["HeldBatch", "ScalerWatch", "reason_against_replay", "save_batch", "t
 class HeldBatch:
     """A batch that may have to be replayed, with the random states from before its step."""
 
-    __slots__ = ("batch", "batch_idx", "probes", "rng", "seen")
+    __slots__ = ("_probes", "batch", "batch_idx", "rng", "seen")
 
     def __init__(self, batch: Any, batch_idx: int) -> None:
         self.batch = batch
         self.batch_idx = batch_idx
         self.rng = RandomState.now()
-        self.probes: Probes | None = None
         self.seen: Observation | None = None
 
     def watch(self, model: LightningModule) -> None:
         """Probe the real step of this batch."""
-        self.probes = Probes(model, tells_aliases_apart=False).__enter__()
-        self.seen = Observation(model, self.probes.calls, self.probes.statistics)
+        self._probes = Probes(model, tells_aliases_apart=False).__enter__()
+        self.seen = Observation(model, self._probes.calls, self._probes.statistics)
         self.seen.add_batch(self.batch)
 
     def note_loss(self, loss: Tensor) -> None:
@@ -52,9 +51,8 @@ class HeldBatch:
 
     def unwatch(self) -> None:
         """Take the hooks off the model; what they noted stays."""
-        if self.probes is not None:
-            self.probes.__exit__(None, None, None)
-            self.probes = None
+        if self.seen is not None:
+            self._probes.__exit__(None, None, None)
 
 
 @dataclass

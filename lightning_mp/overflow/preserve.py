@@ -4,9 +4,8 @@ import random
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +14,7 @@ from torch.nn import Parameter
 __all__ = ["RandomState", "eager", "preserved"]
 
 
-@dataclass(frozen=True)
-class RandomState:
+class RandomState(NamedTuple):
     """States of torch's generators: the CPU's, and that of one CUDA device if it is used.
 
     Args:
