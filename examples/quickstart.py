@@ -8,6 +8,7 @@ Run it with ``make demo``, or::
 
     python examples/quickstart.py                         # FP32 and BF16, and FP16 on a GPU
     python examples/quickstart.py --precision bf16        # one run
+    python examples/quickstart.py --precision fp8 --recipe delayed    # emulated where there is no GPU
     python examples/quickstart.py --precision fp16 --steps 3 --batch-size 2 --width 32 --depth 1 --context 32
 
 Needs no download: the text is the standard library's ``pydoc_data.topics``, 465 kB. The default run takes
@@ -37,6 +38,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_mp import (
+    FP8Monitor,
     FP32Pin,
     GradientRangeMonitor,
     LossScaleMonitor,
@@ -244,13 +246,22 @@ def make_loaders(args: argparse.Namespace) -> tuple[DataLoader[Tensor], DataLoad
     )
 
 
+def fp8_settings(args: argparse.Namespace) -> dict[str, str]:
+    """Return the FP8 settings: Transformer Engine on a GPU, the same numbers emulated elsewhere."""
+    on_cuda = args.accelerator in ("auto", "cuda", "gpu") and torch.cuda.is_available()
+    return {"recipe": args.recipe, "backend": "transformer_engine" if on_cuda else "emulated"}
+
+
 def train(precision: str, args: argparse.Namespace) -> Result:
     """Train one model in ``precision`` and measure it; the seed fixes weights and batches."""
     seed_everything(args.seed, verbose=False)
     train_loader, val_loader = make_loaders(args)
     model = ByteGPT(width=args.width, depth=args.depth, heads=args.heads, context=args.context, steps=args.steps)
-    plugin = MixedPrecision(precision)
+    plugin = MixedPrecision(precision, fp8=fp8_settings(args) if precision == "fp8" else None)
     memory, report = StateMemory(), PrecisionReport()
+    monitors = [OverflowMonitor(), LossScaleMonitor(), GradientRangeMonitor()]
+    if precision == "fp8":
+        monitors.append(FP8Monitor())
     trainer = Trainer(
         plugins=[plugin],
         accelerator=args.accelerator,
@@ -261,7 +272,7 @@ def train(precision: str, args: argparse.Namespace) -> Result:
         logger=CSVLogger(args.out, name=f"quickstart-{precision}"),
         enable_checkpointing=False,
         enable_model_summary=False,
-        callbacks=[FP32Pin(), OverflowMonitor(), LossScaleMonitor(), GradientRangeMonitor(), memory, report],
+        callbacks=[FP32Pin(), *monitors, memory, report],
     )
     untrained = trainer.validate(model, val_loader, verbose=False)[0]["val_loss"]
     on_cuda = trainer.strategy.root_device.type == "cuda"
@@ -324,7 +335,10 @@ def check(results: Sequence[Result], steps: int) -> None:
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--precision", choices=["fp32", "fp16", "bf16", "auto"], help="one run (default: compare)")
+    parser.add_argument("--precision", choices=["fp32", "fp16", "bf16", "fp8", "auto"], help="one (default: compare)")
+    parser.add_argument(
+        "--recipe", default="current", choices=["current", "delayed", "block"], help="for --precision fp8"
+    )
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--seed", type=int, default=1)
