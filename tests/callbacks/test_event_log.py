@@ -58,6 +58,11 @@ def test_lines_are_strict_json_and_non_finite_numbers_come_back(tmp_path):
     assert found == event
 
 
+@pytest.mark.parametrize("event", [{"step": 3, "scale": 2.0**-30, "ok": True, 'a"b': 1e300}, {"step": 3, "fqn": None}])
+def test_lines_of_plain_numbers_are_those_of_the_json_library(event):
+    assert encode_event(event).decode() == json.dumps(event) + "\n"
+
+
 def test_torn_last_line_is_ignored_by_the_reader(tmp_path):
     (tmp_path / "e.jsonl").write_bytes(b'{"step": 0}\n{"step": 1}\n{"st')
     assert steps(tmp_path / "e.jsonl") == [0, 1]
