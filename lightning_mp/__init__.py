@@ -20,6 +20,7 @@ from lightning_mp.errors import (
 )
 from lightning_mp.fp8 import FP8Config
 from lightning_mp.loss_scale import DynamicLossScale, StaticLossScale
+from lightning_mp.memory import MemoryEstimate, estimate_memory
 from lightning_mp.precision import MixedPrecision
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "LightningMPError",
     "LossScaleError",
     "LossScaleMonitor",
+    "MemoryEstimate",
     "MixedPrecision",
     "OverflowFoundError",
     "OverflowMonitor",
@@ -41,4 +43,5 @@ __all__ = [
     "UnmatchedPatternError",
     "UnsupportedError",
     "__version__",
+    "estimate_memory",
 ]

@@ -28,9 +28,10 @@ MasterMode = Literal["copy", "split", "none"]
 _KINDS: dict[str, type[Master]] = {"copy": CopyMaster, "split": SplitMaster, "none": NoMaster}
 _PARAM_DTYPES = (torch.bfloat16, torch.float16)
 
-# 2**23 elements: FP32 stand-ins and gradients of 32 MB each, large enough that the cost of calling
-# the optimizer once per bucket disappears.
-_BUCKET_NUMEL = 2**23
+# 2**22 elements: FP32 stand-ins and gradients of 16 MB each. On a CPU a step of 25e6 parameters takes
+# 91 to 98 ms with buckets of 2**18 to 2**22, and 225 ms with 2**25, whose fresh pages cost more than
+# they save (benchmarks/optimizer_stage.py with fused AdamW).
+_BUCKET_NUMEL = 2**22
 
 
 class MasterWeights:
