@@ -528,8 +528,31 @@ def test_boring_model_trains_without_events() -> None:
     used = trainer(MixedPrecision("bf16"), callbacks=[monitor], fast_dev_run=True)
     used.fit(BoringModel())
     assert monitor.events == []
-    # A launcher pickles callbacks; a copy listens to nothing.
-    assert copy.deepcopy(monitor)._plugin is None
+
+
+def test_copy_of_the_monitor_works_by_itself() -> None:
+    original = OverflowMonitor(probe="always")
+    fit(Net("mask"), original)
+    copied = copy.deepcopy(original)
+    fit(Net("loss"), copied)
+    assert (only(copied).fqn, only(original).fqn) == ("loss", "blocks.2.1")
+
+
+@pytest.mark.parametrize(("precision", "mode"), [("fp16", "copy"), ("bf16", "split")])
+@pytest.mark.parametrize("probe", ["replay", "gradients"])
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_sixteen_bit_weights_are_replayed_and_end_as_without_the_monitor(precision, mode, probe, accumulate) -> None:
+    ends = []
+    for callbacks in ([], [OverflowMonitor(probe=probe)]):
+        model = Net("mask")
+        plugin = MixedPrecision(precision, master_weights=mode, loss_scale=2.0**8 if precision == "fp16" else None)
+        trainer(plugin, callbacks=callbacks, accumulate_grad_batches=accumulate).fit(model, batches(6))
+        ends.append(model)
+    assert all(torch.equal(a, b) for a, b in zip(ends[0].parameters(), ends[1].parameters(), strict=True))
+    event = only(callbacks[0])
+    assert event.fqn == ("blocks.2.1" if probe == "replay" else "head.bias")
+    # A gradient does not tell which batch of a window it came from: the last one is given.
+    assert event.batch_idx == (BAD if probe == "replay" or accumulate == 1 else BAD + 1)
 
 
 @pytest.mark.parametrize("fused", [False, True])
