@@ -1,5 +1,6 @@
 """Mixed-precision training for PyTorch Lightning: fast, small and visible."""
 
+from lightning_mp import metrics
 from lightning_mp.__about__ import __version__
 from lightning_mp.callbacks import (
     FP8Monitor,
@@ -44,4 +45,5 @@ __all__ = [
     "UnsupportedError",
     "__version__",
     "estimate_memory",
+    "metrics",
 ]

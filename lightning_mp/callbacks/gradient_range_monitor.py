@@ -59,7 +59,7 @@ class GradientRangeMonitor(Callback):
     nonzero gradients any more: ``flushed`` is a lower bound there.
 
     The device is read at measured steps only. Under FSDP and FSDP2 the shards of
-    all ranks are added up.
+    all ranks are added up; what a further mesh dimension replicates counts once per copy.
 
     Logged at measured steps, for all parameters as ``gradient_range/<field>`` and, where there are
     several parameter groups, as ``gradient_range/<group>/<field>``:

@@ -22,6 +22,8 @@ __all__ = ["LossScaleMonitor", "ScaleRecord"]
 
 # Of a run that goes on elsewhere: as many attempts as the rules of health look back.
 _NUM_SAVED = 100
+# One skip among the first few steps is over a fifth of them, and no reason for advice yet.
+_MIN_SKIPS = 3
 
 
 class LossScaleMonitor(Callback):
@@ -171,8 +173,10 @@ class LossScaleMonitor(Callback):
     def _announce(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say what is wrong when the health turns bad, once per turn."""
         health = self.health
+        recent = self.history[-100:]
+        if health == "thrashing" and sum(record.skipped for record in recent) < _MIN_SKIPS:
+            return
         if health != self._announced and health not in ("healthy", "calibrating"):
-            recent = self.history[-100:]
             culprit = find_first_overflow(trainer.callbacks, since=recent[0].step)  # type: ignore[attr-defined]
             module = module_of(culprit, pl_module)
             self.message = describe_health(health, recent, self._limits, culprit=culprit, module=module)

@@ -326,6 +326,12 @@ def test_short_run_that_ends_before_a_log_step_is_judged_at_its_end():
     assert monitor.message.startswith("thrashing: 3 of the last 8 steps were skipped for Inf or NaN gradients")
 
 
+def test_one_skip_in_few_steps_is_no_reason_for_advice():
+    monitor = LossScaleMonitor()
+    fit(monitor, MixedPrecision("bf16"), model=Regression(factors={1: INF}), limit_train_batches=3)
+    assert (monitor.health, monitor.message) == ("thrashing", "")
+
+
 def test_scale_at_its_cap_is_stuck():
     monitor = LossScaleMonitor()
     fit(monitor, fp16(max_scale=1024.0), model=Regression())
