@@ -170,7 +170,8 @@ class FP8Engine:
         """
         if self._step.has_amax:
             self._reduce_amax()
-        if self._session is not None:
+        # Without layers of ours the model brings the library's, whose amax this engine does not see.
+        if self._session is not None and (self._step.has_amax or not self._layers):
             self._session.end_step()
         for _, layer in self._converted():
             layer._fp8.end_step(has_amax=self._step.has_amax)

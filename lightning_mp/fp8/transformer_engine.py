@@ -7,7 +7,7 @@ and works on the layer's own parameters.
 Delayed scaling updates its scales once per optimizer step, as the emulated backend does. The library
 would do it at the end of every outermost ``te.autocast`` and at the first backward in it, which gives
 one entry per micro-batch and other scales to the recompute of activation checkpointing. Holding its
-region depth above zero for the length of a step puts the update where ``on_optimizer_step`` asks for it.
+region depth above zero until teardown leaves the update to ``on_optimizer_step``.
 """
 
 from collections.abc import Mapping
@@ -149,20 +149,17 @@ class EngineSession:
 
     def end_step(self) -> None:
         """Update the scales of delayed scaling with the amax of this step."""
+        # The depth stays held: in manual optimization the step stands inside the forward's region,
+        # whose exit would update once more.
         if self._is_held:
-            self.release()
             for is_forward in (True, False):
                 _manager().reduce_and_update_fp8_tensors(forward=is_forward)
 
-    def release(self) -> None:
-        """Leave the step without an update."""
+    def close(self) -> None:
+        """Leave the library as it was, and forget the model's layers in its global buffers."""
         if self._is_held:
             _change_depth(-1)
             self._is_held = False
-
-    def close(self) -> None:
-        """Forget the model's layers in the library's global buffers."""
-        self.release()
         if self.is_delayed:
             _manager().reset()
 

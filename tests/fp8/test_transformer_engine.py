@@ -205,7 +205,20 @@ def test_delayed_scales_update_once_per_optimizer_step(library, use_reentrant) -
         engine.on_optimizer_step()
         assert library.updates == [True, False]
         library.updates.clear()
-        assert library.AUTOCAST_DEPTH == 0
+    engine.revert_()
+    assert library.AUTOCAST_DEPTH == 0
+
+
+def test_step_inside_the_forwards_region_updates_once(library) -> None:
+    model, engine = model_and_engine("delayed")
+    for _ in range(2):
+        # Manual optimization: two optimizers step within training_step.
+        with torch.autocast("cpu", torch.bfloat16), engine.autocast_context():
+            for _ in range(2):
+                model(torch.randn(16, 32)).float().sum().backward()
+                engine.on_optimizer_step()
+        assert library.updates == [True, False] * 2
+        library.updates.clear()
 
 
 def test_other_recipes_are_never_held_open(library) -> None:
@@ -240,7 +253,7 @@ def test_depth_of_newer_versions_is_found(library, monkeypatch) -> None:
     monkeypatch.setattr(Manager, "quantization_state", state, raising=False)
     engine._session._hold()
     assert state.autocast_depth == 1
-    engine._session.release()
+    engine._session.close()
     assert state.autocast_depth == 0
     assert type(model[0]) is FP8Linear
 
