@@ -186,6 +186,9 @@ class Swaps:
             return
         if type(module) is swap.swapped:
             _set_class(module, swap.original)
+        if getattr(vars(module).get("forward"), "__func__", None) is vars(swap.swapped)["forward"]:
+            # Lightning 2.6 redirects forward through DDP and leaves the method that it found on the instance.
+            del vars(module)["forward"]
         vars(module).update(swap.attributes)
 
 

@@ -546,6 +546,17 @@ def test_forward_that_is_an_instance_attribute_is_pinned_and_put_back():
     assert vars(model[0])["forward"] is own
 
 
+def test_forward_that_a_redirection_leaves_on_the_instance_is_gone_after_undo():
+    # Lightning's DDP strategy reads `module.forward`, sets another for a step, and sets back what it read.
+    model = nn.Sequential(nn.LayerNorm(64))
+    pins = applied(model)
+    model[0].forward = model[0].forward
+    pins.undo_()
+    assert "forward" not in vars(model[0])
+    x = torch.randn(2, 64)
+    assert torch.equal(model(x), F.layer_norm(x, (64,)))
+
+
 def test_class_that_someone_derived_from_a_pinned_one_computes_as_before_after_undo():
     # fully_shard and parametrizations put a class of their own on top.
     model = nn.Sequential(nn.LayerNorm(64))
