@@ -33,6 +33,7 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
@@ -363,6 +364,17 @@ def quiet_lightning() -> None:
         warnings.filterwarnings("ignore", message)
 
 
+@rank_zero_only
+def show(results: Sequence[Result], steps: int) -> None:
+    """Print the table, a sample of each model and the report pages, and check the promises."""
+    print_table(results)
+    for result in results:
+        print(f"{result.precision} writes: {result.sample!r}")
+    check(results, steps)
+    for result in results:
+        print(f"report of the {result.precision} run: {result.report}")
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Run one precision or the comparison, print the table and check it."""
     args = parse_args(argv)
@@ -370,12 +382,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     has_cuda = torch.cuda.is_available() and args.accelerator in ("auto", "cuda", "gpu")
     precisions = [args.precision] if args.precision else ["fp32", "bf16", *(["fp16"] if has_cuda else [])]
     results = [train(precision, args) for precision in precisions]
-    print_table(results)
-    for result in results:
-        print(f"{result.precision} writes: {result.sample!r}")
-    check(results, args.steps)
-    for result in results:
-        print(f"report of the {result.precision} run: {result.report}")
+    show(results, args.steps)
 
 
 if __name__ == "__main__":
