@@ -2,6 +2,7 @@
 
 import logging
 import math
+import sys
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_mp import FP8UnavailableError, MixedPrecision, UnsupportedError
+from lightning_mp import FP8UnavailableError, FP32Pin, MixedPrecision, UnsupportedError
 from lightning_mp.errors import SettingValueError
 from lightning_mp.fp8 import FP8Config, FP8Linear
 from tests.models import trainer, weights
@@ -283,3 +284,42 @@ def test_settings_are_parsed_when_the_plugin_is_made() -> None:
         MixedPrecision("fp8", fp8={"recip": "current"})
     with pytest.raises(SettingValueError, match="'mxfp8' is set beside backend='emulated'"):
         MixedPrecision("fp8", fp8={"recipe": "mxfp8", "backend": "emulated"})
+
+
+def test_yaml_sets_the_plugin_and_the_monitor(tmp_path, monkeypatch) -> None:
+    pytest.importorskip("jsonargparse")
+    monkeypatch.setattr(sys, "argv", ["run"])
+    from lightning.pytorch.cli import LightningCLI
+
+    (tmp_path / "run.yaml").write_text("""
+trainer:
+  accelerator: cpu
+  logger: false
+  plugins:
+    - class_path: lightning_mp.MixedPrecision
+      init_args:
+        precision: fp8
+        fp8: {recipe: {name: delayed, amax_history_len: 16}, backend: emulated, exclude: [body.2]}
+  callbacks:
+    - class_path: lightning_mp.FP8Monitor
+      init_args: {every_n_steps: 5, demote: true}
+""")
+    args = ["--config", str(tmp_path / "run.yaml")]
+    cli = LightningCLI(Net, run=False, args=args, save_config_callback=None, seed_everything_default=0)
+    recipe = {"name": "delayed", "amax_history_len": 16}
+    expected = FP8Config(recipe=recipe, backend="emulated", exclude=("body.2",))
+    assert cli.trainer.precision_plugin.policy.fp8 == expected
+
+
+def test_pinned_layer_stays_in_fp32() -> None:
+    reasons = {}
+
+    class Reading(Net):
+        def on_train_start(self) -> None:
+            reasons.update({row.fqn: row.reason for row in self.trainer.precision_plugin.manifest()})
+
+    model = Reading()
+    fit(model, plugin(), callbacks=[FP32Pin(modules=["body.0"])])
+    assert reasons["body.0"] == "pinned to FP32"
+    assert reasons["body.2"] == "FP8"
+    assert [type(m) for m in model.body] == [nn.Linear, nn.GELU, nn.Linear]

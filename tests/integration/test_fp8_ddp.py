@@ -1,0 +1,70 @@
+"""Two gloo ranks in FP8: the same weights, the same scales and the same demotions on both."""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_mp import FP8Monitor, MixedPrecision
+from tests.models import trainer
+
+STEPS = 4
+
+
+class Net(LightningModule):
+    """Rank 1 alone has an input that one scale cannot span, and in step 1 a non-finite loss."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.body = nn.Sequential(nn.Linear(16, 16), nn.GELU(), nn.Linear(16, 16))
+        self.head = nn.Linear(16, 1)
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        x = batch[0]
+        if self.global_rank == 1:
+            x = torch.cat([torch.full_like(x[:, :1], 2.0**20), x[:, 1:] * 2.0**-10], 1)
+        loss = self.head(self.body(x) * 1e-6).float().square().mean()
+        return loss * (torch.inf if self.global_rank == 1 and batch_idx == 1 else 1.0)
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW(self.parameters(), lr=1e-3)
+
+
+class EqualRanks(Callback):
+    """Fail where weights, scales or demotions of the ranks differ."""
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        engine = trainer.precision_plugin.fp8_engine
+        scales = [layer["scale"] for layer in engine.state_dict()["delayed"].values()]
+        flat = torch.cat([*(p.detach().float().flatten() for p in pl_module.parameters()), *scales])
+        mine = (flat.tolist(), engine.demoted)
+        found: list[Any] = [None, None]
+        dist.all_gather_object(found, mine)
+        assert found[0] == found[1]
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        plugin = trainer.precision_plugin
+        assert (plugin.applied_steps, plugin.skipped_steps) == (STEPS - 1, 1)
+        assert "body.0" in plugin.fp8_engine.demoted
+
+
+@pytest.mark.parametrize("recipe", ["current", "delayed"])
+@pytest.mark.parametrize("master_weights", ["params", "split"])
+def test_ranks_agree_bit_for_bit(recipe, master_weights, tmp_path) -> None:
+    plugin = MixedPrecision("fp8", fp8={"recipe": recipe, "backend": "emulated"}, master_weights=master_weights)
+    monitor = FP8Monitor(every_n_steps=1, demote=True, patience=2, plot=False)
+    data = TensorDataset(torch.randn(STEPS * 2 * 4, 16, generator=torch.Generator().manual_seed(1)))
+    run = trainer(
+        plugin,
+        devices=2,
+        strategy="ddp_fork",
+        callbacks=[monitor, EqualRanks()],
+        default_root_dir=tmp_path,
+    )
+    # A failed assertion of a rank comes back as an exception here.
+    run.fit(Net(), DataLoader(data, batch_size=4))
