@@ -286,6 +286,7 @@ def test_settings_are_parsed_when_the_plugin_is_made() -> None:
         MixedPrecision("fp8", fp8={"recipe": "mxfp8", "backend": "emulated"})
 
 
+@pytest.mark.filterwarnings("ignore")  # Lightning 2.6 uses parts of jsonargparse that newer ones deprecate
 def test_yaml_sets_the_plugin_and_the_monitor(tmp_path, monkeypatch) -> None:
     pytest.importorskip("jsonargparse")
     monkeypatch.setattr(sys, "argv", ["run"])
