@@ -6,7 +6,7 @@ Each pair of neighboring blocks gives one ratio of median step times, ours over 
 median and the quartiles of these ratios. The ratio uses the CPU time of the thread, which other processes on the
 machine hardly change; the ratio of wall times stands beside it. Each side computes with one thread.
 
-Cases: a tiny model with the default (foreach) and the fused AdamW; the same with ``FP32Pin``, ``OverflowMonitor`` and
+Cases: a tiny model with AdamW and fused AdamW; the same with ``FP32Pin``, ``OverflowMonitor`` and
 ``LossScaleMonitor`` on our side only; and with these callbacks a model whose step takes 5 ms or more. The cost of
 ``import lightning_mp`` after ``import lightning.pytorch`` is measured in fresh interpreters.
 
