@@ -3,6 +3,8 @@ import inspect
 import re
 from pathlib import Path
 
+import pytest
+
 import lightning_mp
 from lightning_mp import errors
 
@@ -38,13 +40,21 @@ CONTRACT = {
 
 
 def imported_names() -> list[str]:
+    """Names imported at once or, under TYPE_CHECKING, at first use."""
     tree = ast.parse((ROOT / "lightning_mp" / "__init__.py").read_text())
-    statements = [node for node in tree.body if isinstance(node, ast.ImportFrom)]
-    return [alias.asname or alias.name for node in statements for alias in node.names]
+    own = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and "lightning_mp" in str(node.module)]
+    return [alias.asname or alias.name for node in own for alias in node.names]
 
 
 def test_all_holds_exactly_the_names_that_the_package_imports() -> None:
     assert sorted(lightning_mp.__all__) == sorted(imported_names())
+
+
+def test_names_imported_at_first_use_are_found_and_others_are_not() -> None:
+    assert set(dir(lightning_mp)) >= set(lightning_mp.__all__)
+    assert all(getattr(lightning_mp, name) is not None for name in lightning_mp.__all__)
+    with pytest.raises(AttributeError, match="has no attribute 'FP64Pin'"):
+        lightning_mp.FP64Pin  # noqa: B018
 
 
 def test_all_is_sorted_without_repeats() -> None:
