@@ -1,5 +1,11 @@
 """What every test shares: seeds, skips by name, and a guard against leaked global state."""
 
+import os
+
+# Before torch is imported: two-rank tests fork, and a child that inherits an OpenMP pool without its
+# threads waits for them for ever.
+os.environ["OMP_NUM_THREADS"] = "1"
+
 import warnings
 from collections.abc import Iterator
 from functools import cache
