@@ -267,7 +267,7 @@ class BadOnRankOne(Regression):
 
 def test_two_ranks_hold_one_history_and_rank_zero_writes_it(tmp_path):
     monitor = LossScaleMonitor(dirpath=tmp_path)
-    settings = {"strategy": "ddp_fork", "devices": 2, "use_distributed_sampler": False, "limit_train_batches": 5}
+    settings = {"strategy": "ddp_spawn", "devices": 2, "use_distributed_sampler": False, "limit_train_batches": 5}
     run = trainer(fp16(), callbacks=[monitor, Histories(tmp_path)], log_every_n_steps=1, **settings)
     run.fit(BadOnRankOne(fused=True), batches())
     ranks = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1)]

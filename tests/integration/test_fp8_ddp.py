@@ -62,7 +62,7 @@ def test_ranks_agree_bit_for_bit(recipe, master_weights, tmp_path) -> None:
     run = trainer(
         plugin,
         devices=2,
-        strategy="ddp_fork",
+        strategy="ddp_spawn",
         callbacks=[monitor, EqualRanks()],
         default_root_dir=tmp_path,
     )

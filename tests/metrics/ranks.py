@@ -26,5 +26,5 @@ def on_two_ranks(function: Any) -> list[Any]:
         port = probe.getsockname()[1]
     with mp.Manager() as manager:
         results = manager.dict()
-        mp.start_processes(_work, (function, port, results), nprocs=2, start_method="fork")
+        mp.start_processes(_work, (function, port, results), nprocs=2, start_method="spawn")
         return [results[0], results[1]]
