@@ -2,8 +2,7 @@
 
 import os
 
-# Before torch is imported: two-rank tests fork, and a child that inherits an OpenMP pool without its
-# threads waits for them for ever.
+# Before torch is imported, and for the ranks that tests spawn too.
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import warnings
@@ -60,6 +59,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _rendezvous_is_restored(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Each test finds its own port: Lightning leaves the last one in the environment, and its store may still run."""
+    for name in ("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE", "RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK"):
+        monkeypatch.setenv(name, "")  # recorded as unset, so that it is unset again afterwards
+        monkeypatch.delenv(name)
+    yield
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def _global_state() -> dict[str, object]:
