@@ -10,6 +10,7 @@ one entry per micro-batch and other scales to the recompute of activation checkp
 region depth above zero until teardown leaves the update to ``on_optimizer_step``.
 """
 
+import importlib
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -64,7 +65,7 @@ def import_facts() -> TransformerEngineFacts:
     if facts.error:
         return facts
     try:
-        pass
+        importlib.import_module("transformer_engine.pytorch")
     except Exception as error:  # a broken build fails with OSError, RuntimeError or AttributeError too
         return TransformerEngineFacts(facts.version, f"its import failed with {type(error).__name__}: {error}")
     return facts

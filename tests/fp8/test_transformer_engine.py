@@ -336,6 +336,21 @@ def test_missing_library_is_told_without_an_import() -> None:
     assert "transformer_engine" not in sys.modules
 
 
+def test_library_whose_build_is_broken_is_told_with_the_error_of_its_import(tmp_path, monkeypatch) -> None:
+    if "transformer_engine" in sys.modules:
+        pytest.skip("the library is loaded")
+    package = tmp_path / "transformer_engine"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    (package / "pytorch.py").write_text("raise OSError('libcublasLt.so.13: cannot open shared object file')")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    try:
+        facts = import_facts()
+    finally:
+        sys.modules.pop("transformer_engine", None)
+    assert facts.error == "its import failed with OSError: libcublasLt.so.13: cannot open shared object file"
+
+
 # --- The library itself, on a GPU with FP8 ---------------------------------------------------------
 
 
