@@ -141,7 +141,10 @@ class LossScaleMonitor(Callback):
         self._num_skipped += record.skipped
         if self._first_applied is None and not record.skipped:
             self._first_applied = record.step
-        self.event_log.append(record)
+        if record.found_inf:
+            self.event_log.append(record)
+        else:
+            self.event_log.defer(record)
 
     # --- Steps -----------------------------------------------------------------------------------
 
@@ -157,6 +160,7 @@ class LossScaleMonitor(Callback):
         if trainer._logger_connector.should_update_logs or trainer.fast_dev_run:  # type: ignore[attr-defined]
             self._settle()
             self._log(trainer, pl_module)
+            self.event_log.flush()
 
     def _log(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self.history:

@@ -88,6 +88,30 @@ os.kill(os.getpid(), signal.SIGKILL)
     assert steps(tmp_path / "steps.jsonl") == list(range(100))
 
 
+def test_deferred_events_are_written_in_order_when_16_wait_and_with_the_next_one(tmp_path):
+    log, path = EventLog("steps", tmp_path), tmp_path / "steps.jsonl"
+    log.open(trainer())
+    for step in range(20):
+        log.defer({"step": step})
+    assert steps(path) == list(range(16))
+    log.append({"step": 20})
+    assert steps(path) == list(range(21))
+    log.defer({"step": 21})
+    assert [event["step"] for event in log.read()] == list(range(22))
+    log.defer({"step": 22})
+    log.close()
+    assert steps(path) == list(range(23))
+
+
+def test_copy_leaves_deferred_events_to_the_original(tmp_path):
+    log = EventLog("steps", tmp_path)
+    log.open(trainer())
+    log.defer({"step": 0})
+    copy.deepcopy(log).close()
+    log.close()
+    assert steps(tmp_path / "steps.jsonl") == [0]
+
+
 def test_resume_cuts_the_steps_that_are_made_again_and_repairs_the_torn_line(tmp_path):
     run = fit(Steps(tmp_path), limit_train_batches=5)
     checkpoint = tmp_path / "last.ckpt"
