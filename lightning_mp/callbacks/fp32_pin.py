@@ -71,6 +71,7 @@ class FP32Pin(Callback):
         self.spec = PinSpec(pins, modules, output)  # type: ignore[arg-type]
         self.reports: dict[str, PinReport] = {}
         self._engine: Pins | None = None
+        self._said: set[str] = set()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         together = [callback for callback in trainer.callbacks if isinstance(callback, FP32Pin)]  # type: ignore[attr-defined]
@@ -145,9 +146,15 @@ class FP32Pin(Callback):
         for step in self._engine.observations.keys() - self.reports.keys():
             report = self._engine.report(step)
             self.reports[step] = report
-            notice(_describe(report))
+            self._say(_describe(report))
             if report.below_fp32:
                 rank_zero_warn(_complain(report))
+
+    def _say(self, text: str) -> None:
+        """Log what a further stage or run does not merely repeat."""
+        if text not in self._said:
+            self._said.add(text)
+            notice(text)
 
 
 def _runs_without_autocast(precision: str) -> bool:

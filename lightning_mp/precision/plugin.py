@@ -157,7 +157,7 @@ class MixedPrecision(StepRegions, FSDPPrecision):  # type: ignore[misc]  # Light
         return state
 
     def register_pin(self, pin: ModulePin) -> None:
-        """Apply ``pin`` whenever a model is set up, and undo it at teardown. Registering twice is once."""
+        """Apply ``pin`` when the next model is set up, and undo and forget it at teardown. Twice is once."""
         if pin not in self._pins:
             self._pins.append(pin)
 
@@ -331,6 +331,7 @@ class MixedPrecision(StepRegions, FSDPPrecision):  # type: ignore[misc]  # Light
                 self._fp8.revert_()
             while self._applied_pins:
                 self._applied_pins.pop().undo_()
+            self._pins.clear()
 
     # --- Backward and step -----------------------------------------------------------------------
 

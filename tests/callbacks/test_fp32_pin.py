@@ -294,6 +294,26 @@ def test_two_pins_work_together(plugin):
     assert_nothing_is_left(model)
 
 
+def test_plugin_that_is_used_again_without_the_callback_pins_nothing():
+    plugin, pinned, plain = MixedPrecision("bf16"), Model(), Model()
+    trainer(FP32Pin(), plugins=[plugin]).fit(pinned, data())
+    trainer(plugins=[plugin]).fit(plain, data())
+    assert pinned.attention.seen == [torch.float32] * 3
+    assert plain.attention.seen == [torch.bfloat16] * 3
+
+
+def test_what_was_pinned_is_said_once_though_stages_repeat(caplog):
+    pin, model = FP32Pin(), Model()
+    run = trainer(pin, plugins=[MixedPrecision("bf16")])
+    with caplog.at_level(logging.INFO):
+        run.validate(model, data())
+        run.fit(model, data(), data())
+        run.validate(model, data())
+    said = [record.getMessage() for record in caplog.records if "FP32Pin" in record.getMessage()]
+    assert len(said) == len(set(said)) == 2
+    assert sorted(pin.reports) == ["validation_step"]
+
+
 @pytest.mark.parametrize("plugin", BF16_PLUGINS)
 def test_second_fit_and_another_trainer_pin_again(plugin):
     model, pin = Model(), FP32Pin()
