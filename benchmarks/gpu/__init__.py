@@ -1,0 +1,1 @@
+"""The GPU benchmarks: models, contenders, timing, and the tables and plots made of the results."""
