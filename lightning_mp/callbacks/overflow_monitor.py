@@ -1,6 +1,7 @@
 """Callback that names the module or parameter where a step went non-finite."""
 
 import math
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -321,15 +322,16 @@ class OverflowMonitor(Callback):
                 held.seen.loss = []
             held.seen.statistics.read()
             return find_culprit(held.seen)
-        return replay(
-            module,
-            partial(training_loss, trainer, module, held.batch_idx),
-            held.batch,
-            rng=held.rng,
-            loss_scale=report.loss_scale,
-            region=trainer.precision_plugin.forward_context,
-            silenced=("log", "log_dict"),
-        )
+        with nullcontext() if self._plugin is None else self._plugin.unrecorded():
+            return replay(
+                module,
+                partial(training_loss, trainer, module, held.batch_idx),
+                held.batch,
+                rng=held.rng,
+                loss_scale=report.loss_scale,
+                region=trainer.precision_plugin.forward_context,
+                silenced=("log", "log_dict"),
+            )
 
     def _find_in_gradients(self, module: LightningModule, report: StepReport) -> Finding:
         if self._amaxes is not None:

@@ -1,7 +1,7 @@
 """``FP8Engine``: gives layers of a model FP8 products, and takes them back."""
 
-from collections.abc import Callable, Collection, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -193,6 +193,25 @@ class FP8Engine:
         dist.all_reduce(merged, op=dist.ReduceOp.MAX)
         for entry, largest in zip(entries, torch.split(merged, len(OPERANDS)), strict=True):
             entry.copy_(largest)
+
+    @contextmanager
+    def unrecorded(self) -> Iterator[None]:
+        """Leave amax history, statistics and counts as they are, whatever is computed inside."""
+        layers = [layer._fp8 for _, layer in self._converted()]
+        histories = [(state, state.state_dict()) for state in self._delayed_states().values()]
+        kept = [(backend, dict(backend.measured), backend.weight_casts) for backend in layers]
+        flags = (self._step.has_amax, self._step.collects)
+        self._step.collects = False
+        try:
+            yield
+        finally:
+            for state, saved in histories:
+                state.load_state_dict(saved)
+            for backend, measured, weight_casts in kept:
+                backend.measured, backend.weight_casts = measured, weight_casts
+                # A weight that was cast inside has not told its amax.
+                backend.invalidate_weight()
+            self._step.has_amax, self._step.collects = flags
 
     # --- Statistics and demotion -----------------------------------------------------------------
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from lightning_mp.fp8 import FP8Linear
 from lightning_mp.policy import PrecisionPolicy
 
 __all__ = ["ManifestRow", "build_manifest"]
@@ -71,7 +72,7 @@ def build_manifest(
         rows.append(
             ManifestRow(
                 fqn=fqn,
-                module_class=type(child).__name__,
+                module_class=_class_name(child),
                 num_params=sum(p.numel() for p in own),
                 param_dtype=params[0].dtype if params else None,
                 compute_dtype=compute,
@@ -83,6 +84,11 @@ def build_manifest(
             )
         )
     return rows
+
+
+def _class_name(module: nn.Module) -> str:
+    """Return the name of the class that the user built; FP8 says itself in a field of its own."""
+    return nn.Linear.__name__ if isinstance(module, FP8Linear) else type(module).__name__
 
 
 def _compute(module: nn.Module, policy: PrecisionPolicy, *, is_pinned: bool) -> tuple[torch.dtype | None, str]:

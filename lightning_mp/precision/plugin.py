@@ -161,6 +161,10 @@ class MixedPrecision(StepRegions, FSDPPrecision):  # type: ignore[misc]  # Light
         if pin not in self._pins:
             self._pins.append(pin)
 
+    def unrecorded(self) -> AbstractContextManager[None]:
+        """Return a context for a forward and backward beside training, which FP8 statistics then do not see."""
+        return nullcontext() if self._fp8 is None else self._fp8.unrecorded()
+
     # --- Setup and teardown ----------------------------------------------------------------------
 
     def _resolve(self, device: torch.device) -> None:

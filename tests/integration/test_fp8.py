@@ -11,7 +11,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_mp import FP8UnavailableError, FP32Pin, MixedPrecision, UnsupportedError
+from lightning_mp import FP8UnavailableError, FP32Pin, MixedPrecision, OverflowMonitor, UnsupportedError
 from lightning_mp.errors import SettingValueError
 from lightning_mp.fp8 import FP8Config, FP8Linear
 from tests.models import trainer, weights
@@ -324,3 +324,34 @@ def test_pinned_layer_stays_in_fp32() -> None:
     assert reasons["body.0"] == "pinned to FP32"
     assert reasons["body.2"] == "FP8"
     assert [type(m) for m in model.body] == [nn.Linear, nn.GELU, nn.Linear]
+
+
+def test_manifest_names_the_class_that_the_user_built() -> None:
+    classes = {}
+
+    class Reading(Net):
+        def on_train_start(self) -> None:
+            classes.update({row.fqn: (row.module_class, row.fp8) for row in self.trainer.precision_plugin.manifest()})
+
+    fit(Reading(), plugin())
+    assert classes == {"body.0": ("Linear", True), "body.2": ("Linear", True), "head": ("Linear", False)}
+
+
+class InputSpikes(Net):
+    """The input of one batch is huge, and its loss infinite."""
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        x, y = batch
+        return super().training_step([x * 1e4, y] if batch_idx in self.bad else batch, batch_idx)
+
+
+def test_replay_of_a_bad_batch_leaves_amax_history_and_statistics_as_they_were(tmp_path) -> None:
+    states = []
+    for callbacks in ([], [OverflowMonitor(on_overflow="log", dirpath=tmp_path)]):
+        model, precision = InputSpikes(bad=(1,)), plugin("delayed")
+        fit(model, precision, callbacks=callbacks)
+        states.append((precision.state_dict()["lightning_mp"]["fp8"]["delayed"], weights(model)))
+    (plain_fp8, plain_weights), (watched_fp8, watched_weights) = states
+    assert callbacks[0].events[0].phase == "loss"
+    torch.testing.assert_close(plain_fp8, watched_fp8, rtol=0, atol=0)
+    assert all(torch.equal(a, b) for a, b in zip(plain_weights, watched_weights, strict=True))
