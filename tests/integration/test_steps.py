@@ -394,9 +394,31 @@ def test_sparse_gradients_are_checked_and_unscaled():
     assert all(torch.equal(p, q) for p, q in zip(weights(model), weights(reference), strict=True))
 
 
+class OnDevice:
+    """Batches that lie on the device: a DataLoader would index there with indices of the host, which synchronizes."""
+
+    def __init__(self, data):
+        self.data = [[part.cuda() for part in batch] for batch in data]
+
+    def __len__(self):
+        return len(self.data)
+
+    def __iter__(self):
+        return iter(self.data)
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize(("precision", "scale"), [("bf16", None), ("fp16", 256.0), ("fp16", "dynamic")])
-def test_no_host_sync_between_log_steps_on_cuda(precision, scale):
+@pytest.mark.parametrize(
+    ("precision", "scale", "masters"),
+    [
+        ("bf16", None, "params"),
+        ("bf16", None, "split"),
+        ("fp16", 256.0, "params"),
+        ("fp16", "dynamic", "params"),
+        ("fp16", "dynamic", "copy"),
+    ],
+)
+def test_no_host_sync_between_log_steps_on_cuda(precision, scale, masters):
     """Fused AdamW, clipping and a held scheduler; the data lies on the device, as copies would synchronize."""
 
     class Watched(Regression):
@@ -404,14 +426,12 @@ def test_no_host_sync_between_log_steps_on_cuda(precision, scale):
             # The first batches allocate pinned memory and optimizer state, which synchronizes.
             torch.cuda.set_sync_debug_mode("error" if 5 <= batch_idx < 45 else "default")
 
-    x, y = (torch.cat(parts).cuda() for parts in zip(*batches(60), strict=True))
-    data = torch.utils.data.DataLoader(
-        torch.utils.data.TensorDataset(x, y), batch_size=None, sampler=torch.arange(60).view(-1, 1)
-    )
-    plugin = MixedPrecision(precision, loss_scale=scale)
+    plugin = MixedPrecision(precision, loss_scale=scale, master_weights=masters)
     model = Watched(factors={7: INF, 20: INF}, fused=True, scheduler=lambda o: lr_scheduler.StepLR(o, 1, 0.99))
     try:
-        trainer(plugin, accelerator="cuda", gradient_clip_val=0.5, log_every_n_steps=50).fit(model, data)
+        trainer(plugin, accelerator="cuda", gradient_clip_val=0.5, log_every_n_steps=50).fit(
+            model, OnDevice(batches(60))
+        )
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert plugin.skipped_steps >= 2
