@@ -9,10 +9,10 @@ from lightning_mp.fp8.quantize import Quantized, amax_of, spread_blocks
 from lightning_mp.fp8.recipes import Operand
 from lightning_mp.numerics import sqnr_db, underflow_fraction
 
-__all__ = ["OperandStatistics", "measure_cast", "worse_of"]
+__all__ = ["ROUNDING", "OperandStatistics", "measure_cast", "worse_of"]
 
 # amax * (fp8_max / amax) is off by up to two FP32 roundings, and that is no saturation.
-_ROUNDING = 1 + 2.0**-22
+ROUNDING = 1 + 2.0**-22
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ def measure_cast(x: Tensor, quantized: Quantized) -> Tensor:
         scaled = scaled * spread_blocks(scale, quantized.block, (x.shape[0], x.shape[1]))
     magnitude = scaled.abs()
     num_nonzero = (magnitude > 0).sum().clamp(min=1)
-    saturated = (magnitude > torch.finfo(dtype).max * _ROUNDING).sum() / num_nonzero
+    saturated = (magnitude > torch.finfo(dtype).max * ROUNDING).sum() / num_nonzero
     measured = (
         amax_of(x),
         scale.amin(),

@@ -20,9 +20,10 @@ from torch import Tensor, nn
 
 from lightning_mp.errors import FP8UnavailableError, SettingValueError, UnsupportedError
 from lightning_mp.fp8.coverage import ALIGNMENT
-from lightning_mp.fp8.delayed import DelayedState
+from lightning_mp.fp8.delayed import OPERANDS, DelayedState
 from lightning_mp.fp8.emulated import EmulatedBackend
 from lightning_mp.fp8.layer import LayerBackend, LayerSettings
+from lightning_mp.fp8.library_casts import CastWatch, measure_library_cast, watch_casts
 from lightning_mp.fp8.recipes import (
     BlockScaling,
     CurrentScaling,
@@ -31,7 +32,9 @@ from lightning_mp.fp8.recipes import (
     Operand,
     PassThroughRecipe,
     emulated_twin,
+    operand_dtype,
 )
+from lightning_mp.fp8.statistics import worse_of
 from lightning_mp.hardware import (
     RECIPES,
     TransformerEngineFacts,
@@ -248,10 +251,11 @@ class EngineBackend(LayerBackend):
         self.delayed = _BoundState(self) if isinstance(session.twin, DelayedScaling) else None
         self.engine: Any = None
         self._cast_from: tuple[Any, ...] | None = None
+        self._watches: list[CastWatch] = []
 
     def __getstate__(self) -> dict[str, Any]:
         # The library's module is rebuilt at the next forward; amax history belongs to the run.
-        return {**self.__dict__, "engine": None, "_cast_from": None, "measured": {}}
+        return {**self.__dict__, "engine": None, "_cast_from": None, "_watches": [], "measured": {}}
 
     def forward(self, layer: nn.Linear, x: Tensor) -> Tensor:
         """Return what the layer makes of ``x`` of shape ``(..., in_features)``."""
@@ -264,9 +268,11 @@ class EngineBackend(LayerBackend):
             if self.delayed is not None:
                 self.delayed.apply(engine)
                 self.settings.step.has_amax |= layer.training
+            if self.settings.step.collects:
+                self._watches = self._watches or watch_casts(engine, self.session.twin, self._seen(layer), self._keep)
             y = engine(padded, is_first_microbatch=self._is_first_use(layer.weight, padded))
         if self.settings.step.collects:
-            self._measure(layer, rows, y)
+            self._measure_the_rest(engine, layer, rows, y)
         return y[:num_rows].reshape(*x.shape[:-1], layer.out_features)  # type: ignore[no-any-return]
 
     def _bind(self, layer: nn.Linear) -> Any:
@@ -301,22 +307,40 @@ class EngineBackend(LayerBackend):
 
     def end_step(self, *, has_amax: bool) -> None:
         self._cast_from = None
+        while self._watches:
+            self._watches.pop().stop()
 
     # --- Statistics ------------------------------------------------------------------------------
 
-    def _measure(self, layer: nn.Linear, x: Tensor, y: Tensor) -> None:
-        """Measure the casts of this call with the emulated recipe, which has the same numbers."""
-        if isinstance(self.session.twin, PassThroughRecipe):
+    def _seen(self, layer: nn.Linear) -> tuple[Operand, ...]:
+        """Return the operands whose casts the library shows."""
+        fuses_grad = layer.bias is not None and not isinstance(self.session.twin, BlockScaling)
+        return ("input", "weight") if fuses_grad else OPERANDS
+
+    def _measure_the_rest(self, engine: Any, layer: nn.Linear, x: Tensor, y: Tensor) -> None:
+        """Measure the weight that the library keeps, and with the emulated recipe the casts that it does not show."""
+        twin = self.session.twin
+        if isinstance(twin, PassThroughRecipe):
             return
-        shadow = EmulatedBackend(self.settings, self.session.twin)
+        shadow = EmulatedBackend(self.settings, twin)
         if self.delayed is not None and shadow.delayed is not None:
             shadow.delayed.load_state_dict(self.delayed.state_dict())
         shadow.measured = self.measured
+        hidden = set(OPERANDS) - {watch.operand for watch in self._watches}
+        kept = getattr(engine, "_fp8_workspaces", {}).get("weight")
         with torch.no_grad():
-            shadow.quantize(x, "input", is_recorded=False)
-            shadow.quantize(layer.weight, "weight", is_recorded=False)
-        if y.requires_grad:
+            if "input" in hidden:
+                shadow.quantize(x, "input", is_recorded=False)
+            if "weight" in hidden:
+                shadow.quantize(layer.weight, "weight", is_recorded=False)
+            elif kept is not None:
+                dtype = operand_dtype(twin.fp8_format, "weight")
+                self._keep("weight", measure_library_cast(layer.weight, kept, dtype))
+        if "grad" in hidden and y.requires_grad:
             y.register_hook(lambda grad: _measure_grad(shadow, grad))  # type: ignore[no-untyped-call]
+
+    def _keep(self, operand: Operand, measured: Tensor) -> None:
+        self.measured[operand] = worse_of(self.measured.get(operand), measured)
 
 
 def _measure_grad(shadow: EmulatedBackend, grad: Tensor) -> None:
