@@ -418,16 +418,26 @@ def test_block_scaling_is_bit_equal_to_the_librarys(dim, block) -> None:
     assert torch.equal(across.data.t().contiguous().view(torch.uint8), theirs._columnwise_data)
 
 
-def gpu_pair(recipe: Any) -> list[tuple[nn.Module, FP8Engine]]:
-    pairs = []
-    for backend in ("transformer_engine", "emulated"):
-        torch.manual_seed(0)
-        model = nn.Sequential(nn.Linear(256, 512), nn.GELU(), nn.Linear(512, 256), nn.Linear(256, 16)).cuda()
-        engine = FP8Engine(FP8Config(recipe=recipe, backend=backend))
-        engine.check_available(torch.device("cuda"))
-        engine.convert_(model)
-        pairs.append((model, engine))
-    return pairs
+@pytest.fixture
+def gpu_pair():
+    """Make the same model on the library and emulated, and take both back at the end: the library's state is global."""
+    engines: list[FP8Engine] = []
+
+    def make(recipe: Any) -> list[tuple[nn.Module, FP8Engine]]:
+        pairs = []
+        for backend in ("transformer_engine", "emulated"):
+            torch.manual_seed(0)
+            model = nn.Sequential(nn.Linear(256, 512), nn.GELU(), nn.Linear(512, 256), nn.Linear(256, 16)).cuda()
+            engine = FP8Engine(FP8Config(recipe=recipe, backend=backend))
+            engine.check_available(torch.device("cuda"))
+            engine.convert_(model)
+            engines.append(engine)
+            pairs.append((model, engine))
+        return pairs
+
+    yield make
+    for engine in engines:
+        engine.revert_()
 
 
 def gpu_step(
@@ -447,7 +457,7 @@ def sqnr_db(reference: torch.Tensor, found: torch.Tensor) -> float:
 @pytest.mark.fp8
 @pytest.mark.parametrize("recipe", ["current", "delayed", {"name": "delayed", "amax_history_len": 4}])
 @pytest.mark.parametrize("rows", [64, 37])
-def test_outputs_gradients_and_scales_agree_with_emulation(recipe, rows) -> None:
+def test_outputs_gradients_and_scales_agree_with_emulation(gpu_pair, recipe, rows) -> None:
     (library_model, library_engine), (emulated_model, emulated_engine) = gpu_pair(recipe)
     for _ in range(3):
         x = torch.randn(rows, 256, device="cuda")
@@ -473,7 +483,7 @@ def test_outputs_gradients_and_scales_agree_with_emulation(recipe, rows) -> None
 @pytest.mark.fp8
 @pytest.mark.parametrize("recipe", ["current", "delayed"])
 @pytest.mark.parametrize("use_reentrant", [False, True])
-def test_checkpointing_on_the_library_gives_the_plain_gradients(recipe, use_reentrant) -> None:
+def test_checkpointing_on_the_library_gives_the_plain_gradients(gpu_pair, recipe, use_reentrant) -> None:
     grads = []
     for mode in (None, use_reentrant):
         model, engine = gpu_pair(recipe)[0]
@@ -488,7 +498,7 @@ def test_checkpointing_on_the_library_gives_the_plain_gradients(recipe, use_reen
 
 @pytest.mark.fp8
 @pytest.mark.parametrize("recipe", ["current", "delayed"])
-def test_padded_rows_on_the_library_give_the_unpadded_result(recipe) -> None:
+def test_padded_rows_on_the_library_give_the_unpadded_result(gpu_pair, recipe) -> None:
     (model, engine), _ = gpu_pair(recipe)
     x = torch.randn(48, 256, device="cuda")
     x[37:] = 0
