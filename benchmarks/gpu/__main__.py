@@ -33,6 +33,7 @@ from benchmarks.gpu.measure import Plan, measure_model
 from benchmarks.gpu.micro import ceilings, linear_widths
 from benchmarks.gpu.models import MODELS, shrunk
 from benchmarks.gpu.tables import all_tables
+from benchmarks.gpu.timing import free_memory
 
 RESULTS = Path(__file__).parents[1] / "results"
 PARTS = ("ceilings", "widths", "optimizer", "models")
@@ -116,16 +117,21 @@ def merge(report: dict[str, Any], path: Path) -> dict[str, Any]:
 
 
 def put_model(report: dict[str, Any], entry: dict[str, Any]) -> None:
-    """Add a model's entry, in place of an earlier one of the same name and batch."""
+    """Add a model's entry, in place of an earlier one of the same name and batch unless it has no figure."""
     entry["commit"] = report["commit"]
     key = (entry["name"], entry["label"])
-    report["models"] = [m for m in report.get("models", []) if (m["name"], m["label"]) != key] + [entry]
+    models = report.get("models", [])
+    is_empty = not any(row["status"] == "measured" for row in entry["contenders"])
+    if is_empty and any((m["name"], m["label"]) == key for m in models):
+        return
+    report["models"] = [m for m in models if (m["name"], m["label"]) != key] + [entry]
 
 
 def measure_optimizer(device: torch.device, num_params: float) -> dict[str, Any]:
     """Time the optimizer stage: look for non-finite gradients, clip, update, write the weights back."""
     found: dict[str, Any] = {"params": num_params, "sides": {}}
     for kind, fused in (("fused", True), ("not fused", False)):
+        free_memory(device)
         times = optimizer_stage.run(device.type, num_params, 20, fused=fused)
         found["sides"][kind] = {name: sorted(values)[len(values) // 2] * 1e3 for name, values in times.items()}
         print(kind, {name: round(value, 2) for name, value in found["sides"][kind].items()}, flush=True)

@@ -89,7 +89,7 @@ def measure_model(
         memory = torch.cuda.get_device_properties(plan.device).total_memory if plan.device.type == "cuda" else 0
         spec = replace(spec, layers=layers or llama_layers_that_fit(spec, memory))
     label = "batch 1" if size == 1 else "full batch"
-    size = size or batch_that_fits(spec, plan.device)
+    size = size or (1 if plan.is_over else batch_that_fits(spec, plan.device))
     print(f"\n{spec.name}: {spec.layers} layers, {size} x {spec.length}", flush=True)
     entries = [Entry(contender) for contender in contenders]
     for round_index in range(plan.rounds):

@@ -16,6 +16,7 @@ from __future__ import annotations
 import gc
 import itertools
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -154,6 +155,7 @@ def run_segment(
         return clock.segment()
     finally:
         set_tf32(False)
+        reset_library()
 
 
 def fit(contender: Contender, net: nn.Module, data: Batches, device: torch.device, clock: StepClock) -> None:
@@ -207,6 +209,13 @@ def free_memory(device: torch.device) -> None:
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
+
+
+def reset_library() -> None:
+    """Make Transformer Engine forget the models of the past, whose amax it would go on updating at every step."""
+    library = sys.modules.get("transformer_engine.pytorch.quantization")
+    if library is not None:
+        library.FP8GlobalStateManager.reset()
 
 
 def set_tf32(allowed: bool) -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from benchmarks import page
-from benchmarks.gpu.__main__ import main, merge
+from benchmarks.gpu.__main__ import main, merge, put_model
 from benchmarks.gpu.contenders import CONTENDERS, REFERENCE, Contender
 from benchmarks.gpu.measure import Plan, measure_model
 from benchmarks.gpu.models import MODELS, shrunk
@@ -103,6 +103,17 @@ def test_file_of_another_device_is_not_continued(tmp_path) -> None:
     assert merge(new, path) == {**new, "widths": 1}
     with pytest.raises(SystemExit, match="another kind or device"):
         merge({**new, "kind": "rehearsal"}, path)
+
+
+def test_entry_without_figures_does_not_replace_one_with_figures() -> None:
+    def entry(status: str) -> dict:
+        return {"name": "gpt2-124m", "label": "full batch", "contenders": [{"status": status}]}
+
+    found = {"commit": "abc"}
+    for status in ("not measured", "measured", "not measured"):
+        put_model(found, entry(status))
+    (model,) = found["models"]
+    assert model == {**entry("measured"), "commit": "abc"}
 
 
 def test_names_of_contenders_are_unique_and_an_unknown_one_is_refused(tmp_path) -> None:
