@@ -72,8 +72,9 @@ def heading(report: Report) -> str:
         f"Every contender had {settings['rounds']} turns of {settings['steps']} timed steps after "
         f"{settings['warmup']}, in one process per model, in an order that turned from round to round; a turn builds "
         "the model anew. Times are medians over all steps, memory is the peak of a contender alone on the card. "
-        "Lightning's contenders and ours run a real `Trainer.fit`. Monitors that sample do so once per 100 steps; "
-        "a sampled step is no part of a median. MFU counts useful FLOPs against the products measured in this run."
+        "Lightning's contenders and ours run a real `Trainer.fit`. `monitors` samples every 100 steps, none of them "
+        "timed, `monitors sample` every step; their target weighs them 99 to 1. "
+        "MFU counts useful FLOPs against the products measured in this run."
     )
     if report["kind"] == "rehearsal":
         text = "**REHEARSAL with tiny models on a CPU: no figure on this page is a measurement.**\n\n" + text

@@ -26,6 +26,7 @@ from lightning_mp import (
 
 REFERENCE = "Lightning bf16-mixed"
 BASELINE = "Lightning 32-true"
+DEFAULT_SAMPLING = 100  # steps between samples of GradientRangeMonitor and FP8Monitor
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ class Contender:
         precision: Lightning's name, ours, or the recipe of a plain loop.
         format: Whose GEMM ceiling it is held against: ``fp32``, ``tf32``, ``fp16``, ``bf16`` or ``fp8``.
         core: Whether it runs where only the most important ones do.
+        sample_every: Steps between the samples of the monitors; 0 for no monitors.
     """
 
     name: str
@@ -49,7 +51,7 @@ class Contender:
     recipe: str = ""
     compile: bool = False
     fused: bool = True
-    monitors: bool = False
+    sample_every: int = 0
 
 
 def _ours(name: str, precision: str, masters: str = "params", recipe: str = "", **settings: Any) -> Contender:
@@ -76,8 +78,10 @@ CONTENDERS = (
     _ours("fp8 delayed split", "fp8", "split", "delayed"),
     _ours("fp8 block params", "fp8", "params", "block"),
     _ours("fp8 block split", "fp8", "split", "block"),
-    _ours("bf16 split, monitors", "bf16", "split", monitors=True),
-    _ours("fp8 current split, monitors", "fp8", "split", "current", monitors=True),
+    _ours("bf16 split, monitors", "bf16", "split", sample_every=DEFAULT_SAMPLING),
+    _ours("bf16 split, monitors sample", "bf16", "split", sample_every=1),
+    _ours("fp8 current split, monitors", "fp8", "split", "current", sample_every=DEFAULT_SAMPLING),
+    _ours("fp8 current split, monitors sample", "fp8", "split", "current", sample_every=1),
     Contender("Lightning bf16-mixed, compiled", "lightning", "bf16-mixed", "bf16", compile=True),
     _ours("bf16 split, compiled", "bf16", "split", compile=True),
     _ours("fp8 current split, compiled", "fp8", "split", "current", compile=True),
@@ -123,19 +127,20 @@ def trainer_settings(contender: Contender, device: torch.device, folder: str) ->
         backend = "transformer_engine" if device.type == "cuda" else "emulated"
         fp8 = {"recipe": contender.recipe, "backend": backend}
     plugin = MixedPrecision(contender.precision, master_weights=contender.master_weights, fp8=fp8)
-    return {"plugins": [plugin], "callbacks": monitors(contender, folder) if contender.monitors else []}
+    return {"plugins": [plugin], "callbacks": monitors(contender, folder) if contender.sample_every else []}
 
 
 def monitors(contender: Contender, folder: str) -> list[Callback]:
-    """Return all monitors; those that sample do so once per 100 steps, their default."""
+    """Return all monitors."""
+    every = contender.sample_every
     found = [
         OverflowMonitor(dirpath=folder),
         LossScaleMonitor(dirpath=folder),
-        GradientRangeMonitor(dirpath=folder),
+        GradientRangeMonitor(every, dirpath=folder),
         PrecisionSummary(),
         PrecisionReport(dirpath=folder),
     ]
-    return [*found, FP8Monitor(dirpath=folder)] if contender.precision == "fp8" else found
+    return [*found, FP8Monitor(every, dirpath=folder)] if contender.precision == "fp8" else found
 
 
 def convert_for_loop(contender: Contender, net: nn.Module, device: torch.device) -> Any:

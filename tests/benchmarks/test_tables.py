@@ -76,6 +76,14 @@ def test_target_of_a_throughput_is_reached_from_its_bound_on(milliseconds, verdi
     assert found[what] == (pytest.approx(480.0 / milliseconds), verdict)
 
 
+def test_monitors_cost_what_an_ordinary_step_costs_and_a_hundredth_of_a_sampled_one() -> None:
+    name = "ours bf16 split"
+    rows = [row(name, 100.0), row(f"{name}, monitors", 101.0), row(f"{name}, monitors sample", 151.0)]
+    # 99 steps of 101 ms and one of 151 ms: 101.5 on average.
+    assert verdicts(report(*rows))["All monitors on, BF16"] == (pytest.approx(1.015), "reached")
+    assert verdicts(report(*rows[:2]))["All monitors on, BF16"] == (None, "not measured")
+
+
 def test_optimizer_stage_is_held_against_lightnings() -> None:
     stage = {"params": 1e9, "sides": {"fused": {"lightning bf16-mixed": 8.0, "split": 6.0}}}
     assert optimizer_ratio({"optimizer": stage}) == 0.75

@@ -153,8 +153,7 @@ def strategy(name: str) -> Any:
 @pytest.mark.gpu
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("name", ["fsdp", "fsdp2"])
-# torch: FSDP of one rank switches to NO_SHARD, and says that it and FSDP1 itself are deprecated.
-@pytest.mark.filterwarnings("ignore:.*NO_SHARD.*", "ignore::FutureWarning", "ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore")  # of torch and Lightning: one rank, NO_SHARD, FSDP1 deprecated
 def test_bad_steps_change_nothing_under_sharded_strategies_of_one_process(name, precision) -> None:
     models = []
     for bad in (BAD, ()):
