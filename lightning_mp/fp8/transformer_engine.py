@@ -251,11 +251,13 @@ class EngineBackend(LayerBackend):
         self.delayed = _BoundState(self) if isinstance(session.twin, DelayedScaling) else None
         self.engine: Any = None
         self._cast_from: tuple[Any, ...] | None = None
+        self._kept_for: tuple[bool, ...] | None = None
         self._watches: list[CastWatch] = []
 
     def __getstate__(self) -> dict[str, Any]:
         # The library's module is rebuilt at the next forward; amax history belongs to the run.
-        return {**self.__dict__, "engine": None, "_cast_from": None, "_watches": [], "measured": {}}
+        ended: dict[str, Any] = {"engine": None, "_cast_from": None, "_kept_for": None, "_watches": [], "measured": {}}
+        return {**self.__dict__, **ended}
 
     def forward(self, layer: nn.Linear, x: Tensor) -> Tensor:
         """Return what the layer makes of ``x`` of shape ``(..., in_features)``."""
@@ -298,9 +300,21 @@ class EngineBackend(LayerBackend):
         is_known = cast is not None and cast[0] is weight and cast[1:] == key[1:]
         if is_known and version is not None:
             return False
+        self._drop_unfit(needs_transpose, torch.is_inference_mode_enabled())
         self._cast_from = key
         self.weight_casts += 1
         return True
+
+    def _drop_unfit(self, *kept_for: bool) -> None:
+        """Make the library build its cast weight anew where the one it keeps cannot serve this call.
+
+        What it cast for evaluation has no transpose, and in inference mode it cannot be saved for backward.
+        The library casts into the memory that it keeps and sees to the transpose of some recipes only (2.12,
+        get_weight_workspace).
+        """
+        if self._kept_for not in (None, kept_for):
+            getattr(self.engine, "_fp8_workspaces", {}).pop("weight", None)
+        self._kept_for = kept_for
 
     def invalidate_weight(self) -> None:
         self._cast_from = None

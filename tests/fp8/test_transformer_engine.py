@@ -178,6 +178,30 @@ def test_weight_is_cast_for_the_first_micro_batch_of_a_step_and_after_a_write(li
     assert engine.weight_casts["0"] == 4
 
 
+def test_weight_that_evaluation_cast_does_not_serve_training(library) -> None:
+    model, engine = model_and_engine(fp8_in_eval=True)
+    x = torch.randn(16, 32, requires_grad=True)
+    kept = []
+
+    def run(mode: Any) -> None:
+        with mode:
+            forward(model, engine, x)
+        workspaces = vars(model[0]._fp8.engine).setdefault("_fp8_workspaces", {})
+        kept.append("weight" in workspaces)
+        workspaces["weight"] = object()  # what the library would keep
+
+    run(torch.enable_grad())
+    run(torch.enable_grad())
+    engine.on_optimizer_step()
+    run(torch.inference_mode())  # the same memory, in another mode: no transpose, not to be saved for backward
+    run(torch.inference_mode())
+    engine.on_optimizer_step()
+    run(torch.enable_grad())
+    engine.on_optimizer_step()
+    run(torch.enable_grad())
+    assert kept == [False, True, False, True, False, True]
+
+
 def test_without_a_cache_the_library_keeps_no_weight(library) -> None:
     model, engine = model_and_engine(cache_weights=False)
     forward(model, engine, torch.randn(16, 32))
@@ -491,6 +515,27 @@ def test_checkpointing_on_the_library_gives_the_plain_gradients(gpu_pair, recipe
             torch.manual_seed(step)
             gpu_step(model, engine, torch.randn(64, 256, device="cuda", requires_grad=True), use_reentrant=mode)
             engine.on_optimizer_step()
+        grads.append([p.grad for p in model.parameters()])
+        engine.revert_()
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+@pytest.mark.fp8
+@pytest.mark.parametrize("recipe", ["current", "delayed", "block"])
+def test_training_on_the_library_after_validation_in_fp8_gives_the_gradients_without_it(recipe) -> None:
+    grads = []
+    for validates in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(256, 512), nn.GELU(), nn.Linear(512, 256), nn.Linear(256, 16)).cuda()
+        engine = FP8Engine(FP8Config(recipe=recipe, backend="transformer_engine", fp8_in_eval=True))
+        engine.convert_(model)
+        x = torch.randn(64, 256, device="cuda", requires_grad=True)
+        if validates:
+            model.eval()
+            with torch.inference_mode(), torch.autocast("cuda", torch.bfloat16), engine.autocast_context():
+                model(x)
+            model.train()
+        gpu_step(model, engine, x)
         grads.append([p.grad for p in model.parameters()])
         engine.revert_()
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
