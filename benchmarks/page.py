@@ -37,7 +37,7 @@ Report = dict[str, Any]
 def newest_report(folder: Path = RESULTS) -> Report | None:
     """Return the newest measured GPU report, ``None`` without one."""
     reports = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
-    measured = [report for report in reports if report.get("kind") == "measured"]
+    measured = [report for report in reports if isinstance(report, dict) and report.get("kind") == "measured"]
     return max(measured, key=lambda report: report["date"], default=None)
 
 

@@ -70,6 +70,20 @@ def test_benchmarks_page_is_what_the_command_writes_from_the_committed_files(tmp
     assert plots == sorted(path.name for path in (page.ROOT / page.PLOTS).iterdir())
 
 
+def test_page_shows_the_newest_measured_file_and_the_overhead_on_a_cpu(tmp_path) -> None:
+    times = {"ours_us": {"median": 311.4}, "lightning_us": {"median": 320.0}, "ratio": {"median": 0.973}}
+    case = {"case": "TinyModel, bf16, AdamW", "target": 1.0, **times}
+    head = {"device": "some CPU", "date": "2026-11-24T01:02:03+00:00", "torch": "2.13.0"}
+    (tmp_path / "overhead-cpu.json").write_text(json.dumps({**head, "cases": [case]}))
+    assert page.newest_report(tmp_path) is None
+    text = page.page(None, tmp_path, [])
+    assert "| TinyModel, bf16, AdamW | 311 | 320 | 0.973 | <= 1.00 | reached |" in text
+    assert "some CPU, 2026-11-24, torch 2.13.0" in text
+    for kind, date in (("measured", "2026-11-01"), ("measured", "2026-11-02"), ("rehearsal", "2026-11-03")):
+        (tmp_path / f"{date}.json").write_text(json.dumps({"kind": kind, "date": date}))
+    assert page.newest_report(tmp_path) == {"kind": "measured", "date": "2026-11-02"}
+
+
 def test_contender_that_cannot_run_or_fails_or_has_no_time_is_listed_with_the_reason() -> None:
     conv = shrunk(MODELS[4])  # no Linear but the head: nothing for FP8
     broken = Contender("broken", "lightning", "no-such-precision", "bf16")
