@@ -1,7 +1,8 @@
 """What several ranks change: shards, and the dtype in which gradients travel."""
 
 import torch
-from torch import nn
+import torch.distributed as dist
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 __all__ = ["compress_reduction", "is_sharded"]
@@ -15,8 +16,17 @@ def is_sharded(model: nn.Module, optimizers: list[Optimizer]) -> bool:
 
 
 def compress_reduction(model: nn.parallel.DistributedDataParallel, dtype: torch.dtype) -> None:
-    """Let DDP reduce gradients in ``dtype``, BF16 or FP16."""
-    from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
+    """Let DDP reduce gradients in ``dtype``, BF16 or FP16, with any backend: torch's own hooks refuse BF16 on gloo."""
+    group = model.process_group
 
-    hook = default_hooks.bf16_compress_hook if dtype is torch.bfloat16 else default_hooks.fp16_compress_hook
-    model.register_comm_hook(None, hook)
+    def reduce_bucket(
+        state: object,
+        bucket: dist.GradBucket,  # type: ignore[name-defined]  # DDP insists on this annotation
+    ) -> torch.futures.Future[Tensor]:
+        buffer: Tensor = bucket.buffer()
+        # Divided in FP32 and before the sum, so that the sum over many ranks stays in range.
+        sent = (buffer / group.size()).to(dtype)
+        future = dist.all_reduce(sent, group=group, async_op=True).get_future()
+        return future.then(lambda done: buffer.copy_(done.value()[0]))  # type: ignore[no-any-return]
+
+    model.register_comm_hook(None, reduce_bucket)
