@@ -35,7 +35,11 @@ class Attention(nn.Module):
         q, k, v = (layer(x).view(rows, length, -1, self.size).transpose(1, 2) for layer in (self.q, self.k, self.v))
         if self.rope:
             q, k = rotate(q), rotate(k)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal, enable_gqa=self.heads != self.kv_heads)
+        # Repeated by hand: in FP32 no fused kernel takes grouped keys, and the plain one keeps length^2 weights.
+        groups = self.heads // self.kv_heads
+        if groups > 1:
+            k, v = (t.repeat_interleave(groups, dim=1) for t in (k, v))
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
         return self.out(y.transpose(1, 2).reshape(rows, length, width))
 
     def product_flops(self, x: Tensor) -> int:
@@ -265,11 +269,11 @@ def llama_layers_that_fit(spec: ModelSpec, memory: int) -> int:
     """Return how many blocks train in FP32 with AdamW beside one sequence, leaving 15% of the memory.
 
     Per block: 16 bytes per parameter (weight, gradient, two states), and the activations of FP32: about
-    12 tensors of the width and 5 of the FFN's per token.
+    14 tensors of the width and 5 of the FFN's per token.
     """
     head = spec.width // spec.heads
     params = spec.width * (2 * spec.width + 2 * spec.kv_heads * head) + 3 * spec.width * spec.ffn
-    per_block = 16 * params + 4 * spec.length * (12 * spec.width + 5 * spec.ffn)
+    per_block = 16 * params + 4 * spec.length * (14 * spec.width + 5 * spec.ffn)
     return max(1, min(MAX_LLAMA_LAYERS, int(0.85 * memory / per_block)))
 
 

@@ -232,22 +232,26 @@ def batch_that_fits(spec: ModelSpec, device: torch.device) -> int:
     """
     if device.type != "cuda":
         return spec.max_batch
-    peaks = []
-    for size in (1, 2):
-        free_memory(device)
-        start = torch.cuda.memory_allocated()
-        with torch.device(device):
-            net = spec.build()
-        num_params = sum(p.numel() for p in net.parameters())
-        torch.cuda.reset_peak_memory_stats()
-        net(*spec.batch(size, device)).backward()
-        peaks.append(torch.cuda.max_memory_allocated() - start)
-        del net
-    free_memory(device)
-    total = torch.cuda.get_device_properties(device).total_memory
-    room = 0.85 * total - 16 * num_params
-    most = max(1, min(spec.max_batch, int(room / max(peaks[1] - peaks[0], 1))))
+    try:
+        one, two = (peak_of_fp32(spec, size, device) for size in (1, 2))
+    except torch.OutOfMemoryError:
+        return 1
+    with torch.device("meta"):
+        num_params = sum(p.numel() for p in spec.build().parameters())
+    room = 0.85 * torch.cuda.get_device_properties(device).total_memory - 16 * num_params
+    most = max(1, min(spec.max_batch, int(room / max(two - one, 1))))
     return 1 << (most.bit_length() - 1)
+
+
+def peak_of_fp32(spec: ModelSpec, size: int, device: torch.device) -> int:
+    """Return the most bytes that lived in a forward and backward of ``size`` samples."""
+    free_memory(device)
+    start = torch.cuda.memory_allocated()
+    with torch.device(device):
+        net = spec.build()
+    torch.cuda.reset_peak_memory_stats()
+    net(*spec.batch(size, device)).backward()
+    return torch.cuda.max_memory_allocated() - start
 
 
 def time_calls(call: Callable[[], Any], device: torch.device, *, warmup: int, repeats: int) -> float:
