@@ -121,6 +121,7 @@ class MixedPrecision(StepRegions, FSDPPrecision):  # type: ignore[misc]  # Light
         self._handles: list[Any] = []
         self._model: nn.Module | None = None
         self._held_states: list[list[int]] = []
+        self._is_first_step = True
         self._pins: list[ModulePin] = []
         self._applied_pins: list[ModulePin] = []
         self._masters: MasterWeights | None = None
@@ -266,6 +267,7 @@ class MixedPrecision(StepRegions, FSDPPrecision):  # type: ignore[misc]  # Light
     def _attach(self, model: nn.Module, optimizers: list[Optimizer], lr_schedulers: list[Any]) -> None:
         is_manual = self._module is not None and not self._module.automatic_optimization
         self._model = model
+        self._is_first_step = True
         self._stepper = OptimizerStepper(
             self.scaler,
             self._ledger,
@@ -356,6 +358,9 @@ class MixedPrecision(StepRegions, FSDPPrecision):  # type: ignore[misc]  # Light
     def optimizer_step(  # type: ignore[override]
         self, optimizer: Optimizer, model: LightningModule, closure: Callable[[], Any], **kwargs: Any
     ) -> Any:
+        if self._is_first_step:
+            self._is_first_step = False
+            self._ledger.begin(model.trainer.global_step)
         result = self._stepper.step(optimizer, closure, lambda o: self._after_closure(model, o), kwargs)
         if self._fp8 is not None:
             self._fp8.on_optimizer_step()

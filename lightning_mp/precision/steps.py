@@ -99,6 +99,13 @@ class StepLedger:
             return found_inf
         return found_inf and isinstance(self.rule, DynamicLossScale) and not loss_nonfinite
 
+    def begin(self, step: int) -> None:
+        """Number attempts from ``step`` on, the trainer's; at step zero a new run counts anew."""
+        self.attempts = step
+        if step == 0:
+            self.applied_steps = self.skipped_steps = self.consecutive_skips = self.floor_overflows = 0
+            self.last_step = None
+
     def open(self, optimizer: Any) -> Attempt:
         """Begin the next attempt."""
         attempt = Attempt(self.attempts, optimizer)

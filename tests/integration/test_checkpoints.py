@@ -187,3 +187,22 @@ def test_second_fit_and_validate_in_between_continue():
     run.fit_loop.max_epochs = 2
     run.fit(model, batches(4), batches(2))
     assert plugin.applied_steps == 8
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_steps_are_numbered_as_the_trainer_numbers_them_after_lightnings_checkpoint(tmp_path, precision):
+    run = trainer(LightningMixedPrecision({"bf16": "bf16-mixed", "fp16": "16-mixed"}[precision], "cpu"))
+    run.fit(Regression(), batches(6))
+    run.save_checkpoint(tmp_path / "lightning.ckpt")
+    plugin = MixedPrecision(precision)
+    resumed = trainer(plugin, max_epochs=2)
+    resumed.fit(Regression(), batches(6), ckpt_path=tmp_path / "lightning.ckpt")
+    assert plugin.last_step.step == resumed.global_step - 1 == 11
+
+
+def test_plugin_that_is_used_again_counts_a_new_run_anew():
+    plugin = MixedPrecision("bf16")
+    trainer(plugin).fit(Regression(factors={1: INF}), batches(6))
+    assert (plugin.applied_steps, plugin.skipped_steps, plugin.last_step.step) == (5, 1, 5)
+    trainer(plugin).fit(Regression(), batches(4))
+    assert (plugin.applied_steps, plugin.skipped_steps, plugin.last_step.step) == (4, 0, 3)
