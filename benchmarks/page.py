@@ -1,8 +1,8 @@
 """Write BENCHMARKS.md and its plots from the JSON files in ``benchmarks/results``.
 
 The newest file of ``python -m benchmarks.gpu`` gives the tables; without one the page says that no GPU was measured.
-The CPU figures of ``benchmarks.overhead``, ``benchmarks.memory`` and ``benchmarks.optimizer_stage`` follow, as far as
-their files are there.
+The CPU figures of ``benchmarks.overhead``, ``benchmarks.memory``, ``benchmarks.optimizer_stage`` and
+``benchmarks.fp8_quality`` follow, as far as their files are there.
 
 Run: ``python -m benchmarks.page``; ``--json FILE --out FOLDER`` shows another file elsewhere, such as a rehearsal's.
 """
@@ -57,8 +57,8 @@ def page(report: Report | None, folder: Path, plots: Sequence[Path]) -> str:
     else:
         parts += [heading(report), *shown, all_tables(report)]
         shown = []
-    parts += ["## CPU", "Byte counts and Python overhead; they say nothing about speed on a GPU.", *shown]
-    parts += [text for text in (overhead(folder), memory(folder), optimizer_stage(folder)) if text]
+    parts += ["## CPU", "Byte counts, Python overhead and losses; they say nothing about speed on a GPU.", *shown]
+    parts += [text for text in (overhead(folder), memory(folder), optimizer_stage(folder), fp8_quality(folder)) if text]
     return "\n\n".join(parts) + "\n"
 
 
@@ -88,6 +88,29 @@ def read(folder: Path, name: str) -> Report | None:
     path = folder / name
     found: Report | None = json.loads(path.read_text()) if path.exists() else None
     return found
+
+
+def fp8_quality(folder: Path) -> str:
+    """Return the table of validation losses after the same training."""
+    found = read(folder, "fp8-quality-cpu.json")
+    if found is None:
+        return ""
+    rows = [
+        [
+            name,
+            *(figure(loss, ".4f") for loss in run["losses"]),
+            figure(run["mean"], ".4f"),
+            f"{run['difference']:+.2%}",
+        ]
+        for name, run in found["runs"].items()
+    ]
+    header = ["nats per byte", *(f"seed {seed}" for seed in found["seeds"]), "mean", "against bf16"]
+    title = (
+        f"### Validation loss of FP8\n\n{found['device'].upper()}, {found['date']}, torch "
+        f"{found['versions']['torch']}, backend {found['backend']}. The model of `examples/quickstart.py` after "
+        f"{found['steps']} steps; to reach: within 1% of BF16."
+    )
+    return f"{title}\n\n{markdown(header, rows)}"
 
 
 def overhead(folder: Path) -> str:
