@@ -88,7 +88,7 @@ def render_page(logs: Mapping[str, Events]) -> str:
         overflow=_overflow(logs.get("overflow", [])),
         gradients=_gradients(logs.get("gradient_range", []), logs.get("loss_scale", [])),
         fp8=_fp8(logs.get("fp8", [])),
-        pins=(_latest(run, "pins") or {}).get("reports", []),
+        pins=_pins(_latest(run, "pins") or {}),
         memory=_memory(start, end),
         size_text=size_text,
     )
@@ -96,6 +96,18 @@ def render_page(logs: Mapping[str, Events]) -> str:
 
 def _latest(run: Events, kind: str) -> dict[str, Any] | None:
     return next((event for event in reversed(run) if event.get("event") == kind), None)
+
+
+def _pins(event: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the reports with the calls of all modules added up."""
+    reports = []
+    for report in event.get("reports", []):
+        calls: Counter[tuple[str, str]] = Counter()
+        for call in report["calls"]:
+            calls[call["name"], call["dtype"]] += call["count"]
+        added = [{"name": name, "dtype": dtype, "count": count} for (name, dtype), count in calls.items()]
+        reports.append({**report, "calls": added})
+    return reports
 
 
 def _trajectory(events: Events, start: dict[str, Any] | None) -> dict[str, Any] | None:

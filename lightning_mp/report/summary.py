@@ -183,14 +183,14 @@ def describe_totals(rows: Sequence[ManifestRow], misaligned: Sequence[Misaligned
     lines = [_describe_parameters(rows), _describe_masters(rows)]
     pinned = [row.fqn for row in rows if row.pinned]
     if pinned:
-        lines.append(f"Pinned to FP32: {len(pinned)} modules ({_few(pinned)})")
+        lines.append(f"Pinned to FP32: {len(pinned)} module{'s' if len(pinned) > 1 else ''} ({_few(pinned)})")
     if is_fp8:
         lines.append(_describe_fp8(rows))
     if misaligned:
         sizes = [f"{m.fqn} {m.dimension} {m.size} -> {m.padded}" for m in misaligned]
+        found = "1 dimension is no multiple" if len(sizes) == 1 else f"{len(sizes)} dimensions are no multiples"
         lines.append(
-            f"Misaligned: {len(misaligned)} dimensions are no multiples of {misaligned[0].multiple}, which costs speed "
-            f"on tensor cores; pad them: {_few(sizes)}"
+            f"Misaligned: {found} of {misaligned[0].multiple}, which costs speed on tensor cores; pad: {_few(sizes)}"
         )
     return lines
 

@@ -84,7 +84,7 @@ def test_totals_tell_pins_masters_and_fp8_coverage_with_reasons():
     assert describe_totals(rows, [], is_fp8=True) == [
         "Parameters: 16 in BF16 (32 B), 2 in FP32 (8 B)",
         "Master weights: 16 further bits beside the BF16 parameter (16); the parameters themselves, in FP32 (2)",
-        "Pinned to FP32: 1 modules (norm)",
+        "Pinned to FP32: 1 module (norm)",
         "FP8: 1 of 2 linear layers; not: head (output head)",
     ]
 

@@ -37,7 +37,8 @@ END = {
 PINS = {
     "event": "pins", "step": 0,
     "reports": [{"step": "training_step", "modules": {"norm": "LayerNorm"}, "below_fp32": [], "fused_attention": [],
-                 "calls": [{"fqn": "norm", "name": "layer_norm", "dtype": "FP32", "count": 2}]}],
+                 "calls": [{"fqn": "norm", "name": "layer_norm", "dtype": "FP32", "count": 2},
+                           {"fqn": "blocks.0.norm", "name": "layer_norm", "dtype": "FP32", "count": 3}]}],
 }  # fmt: skip
 FULL = {
     "run": [START, PINS, END], "loss_scale": SCALES, "overflow": [OVERFLOW], "gradient_range": [RANGE], "fp8": [FP8],
@@ -96,7 +97,7 @@ def test_every_section_shows_what_was_recorded():
         "16384",
         "Moved back to BF16: mlp.0",
         "31.2",
-        "layer_norm in FP32",
+        "First training_step: 5 × layer_norm in FP32.",
         "Parameters: 5 in FP32 (20 B)",
         "2.0 KiB",
         "1.0 KiB",
