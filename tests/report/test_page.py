@@ -97,7 +97,7 @@ def test_every_section_shows_what_was_recorded():
         "16384",
         "Moved back to BF16: mlp.0",
         "31.2",
-        "First training_step: 5 × layer_norm in FP32.",
+        "First training_step: 5 \N{MULTIPLICATION SIGN} layer_norm in FP32.",
         "Parameters: 5 in FP32 (20 B)",
         "2.0 KiB",
         "1.0 KiB",
