@@ -77,13 +77,15 @@ def _demands_closure(optimizer_class: Any) -> bool:
     return closure is not None and closure.default is Parameter.empty
 
 
-def check_parameters(module: nn.Module, policy: PrecisionPolicy) -> None:
+def check_parameters(module: nn.Module, policy: PrecisionPolicy, *, is_fit: bool = True) -> None:
     """Refuse trainable 16-bit parameters where the parameters are to be the FP32 masters.
+
+    Evaluation updates nothing, and autocast computes with 16-bit parameters; only FP32 cannot.
 
     Raises:
         UnsupportedError: If ``master_weights="params"`` and a trainable parameter is FP16 or BF16.
     """
-    if policy.master_weights != "params":
+    if policy.master_weights != "params" or not (is_fit or policy.precision == "fp32"):
         return
     half = [(n, p.dtype) for n, p in module.named_parameters() if p.requires_grad and p.dtype in _HALF]
     if half:
@@ -91,5 +93,5 @@ def check_parameters(module: nn.Module, policy: PrecisionPolicy) -> None:
         raise UnsupportedError(
             f"master_weights='params' updates the parameters themselves in FP32, and {len(half)} trainable parameters "
             f"arrive in 16 bits (first: {name}, {dtype}): updates below half a unit in the last place would be lost. "
-            "Call model.float() before fit."
+            "Call model.float() before."
         )

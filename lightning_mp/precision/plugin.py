@@ -195,7 +195,7 @@ class MixedPrecision(StepRegions, FSDPPrecision):  # type: ignore[misc]  # Light
             check_strategy(trainer.strategy, self._asked)
             self._resolve(self._check_device(trainer.strategy.root_device))
             self._say_what_runs()
-        check_parameters(module, self.policy)
+        check_parameters(module, self.policy, is_fit=trainer is None or trainer.state.fn == "fit")
         for pin in self._pins:
             pin.apply_(module)
             self._applied_pins.append(pin)

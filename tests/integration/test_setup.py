@@ -69,6 +69,16 @@ def test_model_that_arrives_in_half_precision_is_refused_with_the_fix(dtype):
         trainer(MixedPrecision("bf16")).fit(Regression().to(dtype), batches())
 
 
+def test_model_in_half_precision_is_evaluated_but_not_in_fp32():
+    half = Regression().to(torch.bfloat16)
+    (found,) = trainer(MixedPrecision("bf16")).validate(half, batches(), verbose=False)
+    x, y = (torch.cat(parts) for parts in zip(*batches(), strict=True))
+    expected = nn.functional.mse_loss(half.layer(x.bfloat16()).float(), y)
+    assert found["val_loss"] == pytest.approx(expected.item(), rel=1e-5)
+    with pytest.raises(UnsupportedError, match=r"Call model\.float\(\) before"):
+        trainer(MixedPrecision("fp32")).validate(half, batches(), verbose=False)
+
+
 def test_frozen_half_precision_parameters_are_left_alone():
     class Adapted(Regression):
         def __init__(self):
@@ -137,7 +147,7 @@ def test_exception_in_the_middle_leaves_nothing_behind_and_fit_can_go_on(precisi
     assert not model._forward_hooks
     assert plugin.applied_steps == 2
     trainer(plugin).fit(Regression(fused=fused), batches(3))
-    assert plugin.applied_steps == 5
+    assert plugin.applied_steps == 3
 
 
 def test_manifest_shows_what_each_module_stores_and_computes_in():
