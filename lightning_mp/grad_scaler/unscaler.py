@@ -13,6 +13,7 @@ from lightning_mp.grad_scaler.scaler import LossScaler
 __all__ = ["GradientUnscaler", "gradient_amaxes"]
 
 _UNSCALED = "_lightning_mp_unscaled"
+_NUM_ZEROS = 64
 
 
 class GradientUnscaler:
@@ -35,6 +36,7 @@ class GradientUnscaler:
         self._found_inf: dict[int, Tensor | None] = {}
         self._marked: list[Parameter] = []
         self._ones: dict[torch.device, Tensor] = {}
+        self._zeros: dict[torch.device, list[Tensor]] = {}
         self._backwards = 0
         self._backwards_at_step: dict[int, int] = {}
 
@@ -96,10 +98,11 @@ class GradientUnscaler:
         if self._marks:
             fresh, known = self._mark_fresh(optimizer)
         else:
-            fresh, known = [_values(p.grad) for p in _params(optimizer) if p.grad is not None], []
+            found = [p.grad for group in optimizer.param_groups for p in group["params"]]
+            fresh, known = [_values(grad) for grad in found if grad is not None], []
         if not fresh and not known:
             return None
-        found_inf = torch.zeros((), device=(fresh or known)[0].device)
+        found_inf = self._new_zero((fresh or known)[0].device)
         self._check_and_multiply_(fresh, found_inf, scaled=self._scaler is not None)
         if known:
             self._check_and_multiply_(known, found_inf, scaled=False)
@@ -125,10 +128,17 @@ class GradientUnscaler:
     def _check_and_multiply_(self, grads: list[Tensor], found_inf: Tensor, *, scaled: bool) -> None:
         for (device, _), group in _by_device_and_dtype(grads).items():
             factor = self._inverse_scale(device) if scaled else self._one(device)
-            found = found_inf if device == found_inf.device else torch.zeros((), device=device)
+            found = found_inf if device == found_inf.device else self._new_zero(device)
             torch._amp_foreach_non_finite_check_and_unscale_(group, found, factor)
             if found is not found_inf:
                 found_inf.add_(found.to(found_inf.device))
+
+    def _new_zero(self, device: torch.device) -> Tensor:
+        """Return a fresh zero, 0-dim FP32. They are made many at a time: on CUDA each would be a kernel of its own."""
+        zeros = self._zeros.get(device)
+        if not zeros:
+            zeros = self._zeros[device] = list(torch.zeros(_NUM_ZEROS, device=device).unbind())
+        return zeros.pop()
 
     def _one(self, device: torch.device) -> Tensor:
         if device not in self._ones:
@@ -163,8 +173,13 @@ def _params(optimizer: Optimizer) -> Iterator[Parameter]:
 
 def _by_device_and_dtype(grads: list[Tensor]) -> dict[tuple[torch.device, torch.dtype], list[Tensor]]:
     groups: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    device, dtype, group = None, None, []
     for grad in grads:
-        groups.setdefault((grad.device, grad.dtype), []).append(grad)
+        # Compared before it is looked up: hashing a device costs more than the rest.
+        if grad.dtype is not dtype or grad.device != device:
+            device, dtype = grad.device, grad.dtype
+            group = groups.setdefault((device, dtype), [])
+        group.append(grad)
     return groups
 
 

