@@ -4,22 +4,25 @@ Two Trainers train the same model in the same process, one with our plugin and o
 (``Precision`` for FP32, ``MixedPrecision`` for BF16 and FP16), by turns: a few steps of the one, a few of the other.
 Each pair of neighboring blocks gives one ratio of median step times, ours over Lightning's; the table shows the
 median and the quartiles of these ratios. The ratio uses the CPU time of the thread, which other processes on the
-machine hardly change; the ratio of wall times stands beside it. Each side computes with one thread.
+machine hardly change; the ratio of wall times stands beside it. Each side computes with one thread, both on the same
+core where the system allows to choose one.
 
 Cases: a tiny model with AdamW and fused AdamW; the same with ``FP32Pin``, ``OverflowMonitor`` and
 ``LossScaleMonitor`` on our side only; and with these callbacks a model whose step takes 5 ms or more. The cost of
 ``import lightning_mp`` after ``import lightning.pytorch`` is measured in fresh interpreters.
 
-Run: ``python -m benchmarks.overhead [--rounds 4] [--blocks 80] [--only plain|callbacks|import] [--out FILE]``.
+Run: ``python -m benchmarks.overhead [--rounds 4] [--blocks 20] [--only plain|callbacks|import] [--out FILE]``.
 Writes ``benchmarks/results/overhead-<device>.json`` unless ``--out`` names another file.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import gc
 import json
 import logging
+import os
 import platform
 import statistics
 import subprocess
@@ -45,9 +48,10 @@ from torch import Tensor, nn
 import lightning_mp
 from lightning_mp import MixedPrecision
 
-BLOCK_STEPS = 8
-DROPPED_STEPS = 2  # of each block
+BLOCK_STEPS = 32
+DROPPED_STEPS = 4  # of each block
 WARMUP_BLOCKS = 3
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8  # of malloc.h
 RATIO_TARGET = 1.00
 TINY_CALLBACKS_TARGET = 1.15
 SLOW_CALLBACKS_TARGET = 1.05
@@ -350,7 +354,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=4, help="pairs of runs per case")
-    parser.add_argument("--blocks", type=int, default=80, help="timed blocks per run, after the warm-up")
+    parser.add_argument("--blocks", type=int, default=20, help="timed blocks per run, after the warm-up")
     parser.add_argument("--precision", nargs="+", default=["fp32", "bf16", "fp16"], choices=["fp32", "bf16", "fp16"])
     parser.add_argument("--accelerator", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--only", choices=["plain", "callbacks", "import"])
@@ -358,10 +362,27 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def keep_freed_memory() -> None:
+    """Tell glibc to keep freed memory, on both sides alike.
+
+    Else it gives the top of the heap back to the system and takes it again: up to 1000 page faults, 1.5 ms, in each
+    step of the slow model or in none, as the layout of the heap happens to be.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        for name in (M_TRIM_THRESHOLD, M_MMAP_THRESHOLD):
+            mallopt(name, 2**30)
+        mallopt(M_ARENA_MAX, 1)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the comparisons, print the table and write the JSON file."""
     args = parse_args(argv)
     torch.set_num_threads(1)
+    keep_freed_memory()
+    if hasattr(os, "sched_setaffinity"):
+        # The threads of the two sides never run at once, and would move from core to core and between their caches.
+        os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")
     print(f"{'case':44} {'ours us':>9} {'theirs us':>9}  {'ratio [quartiles]':22} {'wall':>6}  target")
