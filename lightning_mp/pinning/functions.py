@@ -170,7 +170,7 @@ def _widen(value: Any) -> Any:
         return torch.float32 if value in NARROW_DTYPES else value
     if isinstance(value, (tuple, list, dict)):
         # A shape, as of layer_norm: to walk through it as a tree takes ten times as long.
-        if type(value) in (tuple, list) and all([type(item) in _PLAIN_TYPES for item in value]):
+        if type(value) in (tuple, list) and all(type(item) in _PLAIN_TYPES for item in value):
             return value
         return tree_map_only(Tensor, _widen, value)
     return value
