@@ -47,6 +47,7 @@ class Net(LightningModule):
         self.bad_rank, self.is_alone = bad_rank, is_alone
         self.grads: list[list[Tensor]] = []
         self.learning_rates: list[float] = []
+        self.finite_shards: list[bool] = []
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         step = int(batch)
@@ -75,12 +76,21 @@ class Sharded(Net):
                 fully_shard(layer, mesh=self.device_mesh["data_parallel"])
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-        loss = super().training_step(batch, batch_idx)
-        factor = torch.inf if int(batch) == BAD and self.bad_rank is not None else 0.0
-        return loss + torch.where(torch.tensor(factor > 0), self.net(torch.ones(1, 4))[0, 0] * factor, 0.0)
+        step = int(batch)
+        x = data()[:, step].flatten(0, 1) if self.is_alone else data()[self.global_rank, step]
+        hidden = self.net[1](self.net[0](x))
+        loss = nn.functional.mse_loss(self.net[2](hidden).float(), x[:, :2])
+        if step == BAD and self.bad_rank is not None:
+            # The loss stays finite, and so do the gradients of all but the first row of the last layer.
+            y = self.net[2](hidden.detach())
+            y.register_hook(lambda grad: torch.where(torch.tensor([True, False]), torch.inf, grad))
+            loss = loss + 0.0 * y.float().sum()
+        return loss
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:
         self.learning_rates.append(optimizer.param_groups[0]["lr"])
+        grads = [p.grad.to_local() if hasattr(p.grad, "to_local") else p.grad for p in self.parameters()]
+        self.finite_shards.append(all(bool(grad.isfinite().all()) for grad in grads))
 
 
 def fit(model: Net, plugin: MixedPrecision, *, strategy: Any = None, steps: Iterable[int] = range(STEPS), **settings):
@@ -115,7 +125,7 @@ def check_overflow(rank: int, precision: str, **settings: Any) -> None:
     assert (plugin.applied_steps, plugin.skipped_steps, plugin.last_step.step) == (STEPS - 1, 1, STEPS - 1)
     if precision == "fp16":
         assert plugin.scaler.get_scale() == SCALE.init_scale / 2
-    assert_same_on_all_ranks((values(bad)[0].tolist(), bad.learning_rates, plugin.state_dict()))
+    assert_same_on_all_ranks(([v.tolist() for v in values(bad)], bad.learning_rates, plugin.state_dict()))
 
     strategy = DDPStrategy(process_group_backend="gloo", find_unused_parameters="has_unused" in settings)
     good = Net(**settings)
@@ -160,6 +170,8 @@ def check_shards(rank: int, precision: str) -> None:
     model, alone = Sharded(bad_rank=0), Sharded(is_alone=True)
     loss_scale = SCALE if precision == "fp16" else None
     plugin = fit(model, MixedPrecision(precision, loss_scale=loss_scale), strategy=strategy, gradient_clip_val=0.1)
+    assert not plugin.last_step.loss_nonfinite
+    assert model.finite_shards == [rank != 0 or step != BAD for step in range(STEPS)]
     assert (plugin.applied_steps, plugin.skipped_steps) == (STEPS - 1, 1)
     scale = plugin.scaler.get_scale() if plugin.scaler is not None else 1.0
     assert scale == (SCALE.init_scale / 2 if precision == "fp16" else 1.0)
