@@ -187,7 +187,8 @@ class Pins:
             kind = kind_of_module(child)
             if kind in self._outputs and id(child) not in found:
                 output = "float32" if kind == "loss" else self._outputs[kind]
-                found[id(child)] = PinnedModule(fqn, child, kind, InFP32(output, self._withheld.append))
+                mode = self._mode if _computes_alone(child) else None
+                found[id(child)] = PinnedModule(fqn, child, kind, InFP32(output, self._withheld.append, mode))
         return found.values()
 
     def _pin_(self, pinned: PinnedModule) -> None:
@@ -306,6 +307,12 @@ class Pins:
 
 
 _STEP_CODE: CodeType = Pins._run_step.__code__
+
+
+def _computes_alone(module: nn.Module) -> bool:
+    """Return whether a pinned module runs no code but torch's, on what it is given and what it holds."""
+    cls = original_class(module)
+    return cls.__module__.startswith("torch.nn.") and "forward" not in vars(module)
 
 
 def _is_swappable(module: nn.Module) -> bool:

@@ -1,7 +1,7 @@
 """Which functions and modules of torch are softmax, norm or loss, and how one call runs in FP32."""
 
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -204,7 +204,7 @@ def _asked_dtype(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.dtype |
     return asked if asked in NARROW_DTYPES else None
 
 
-def _without_autocast(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _without_autocast(function: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     if torch.compiler.is_compiling():
         return _trace_without_autocast(function, args, kwargs, _AUTOCAST_DEVICES)
     enabled = [device_type for device_type in _AUTOCAST_DEVICES if torch.is_autocast_enabled(device_type)]
@@ -221,7 +221,7 @@ def _without_autocast(function: Callable[..., Any], args: tuple[Any, ...], kwarg
 
 
 def _trace_without_autocast(
-    function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], device_types: tuple[str, ...]
+    function: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any], device_types: tuple[str, ...]
 ) -> Any:
     if not device_types:
         return function(*args, **kwargs)
@@ -239,7 +239,7 @@ def run_module(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[
         output: ``"float32"`` returns what was computed, ``"input"`` casts it to the dtype of the first
             floating-point tensor among the arguments.
     """
-    wide = tuple([_widen(value) for value in args])
+    wide = [_widen(value) for value in args]
     result = _without_autocast(forward, wide, {name: _widen(value) for name, value in kwargs.items()})
     return narrow(result, _input_dtype(args, kwargs)) if output == "input" else result
 
@@ -252,7 +252,7 @@ def run_function(
     A caller that writes ``dtype=torch.bfloat16`` gets BF16, rounded once from the FP32 result. An
     ``out=`` tensor and running statistics are written in their own dtype.
     """
-    wide = tuple([_widen(value) for value in args])
+    wide = [_widen(value) for value in args]
     wide_kwargs = {name: _widen(value) for name, value in kwargs.items()}
     out = wide_kwargs.pop("out", None) if kwargs else None
     result = _without_autocast(function, wide, wide_kwargs)
@@ -273,7 +273,7 @@ def _write_back_statistics(
     function: Callable[..., Any],
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
-    wide: tuple[Any, ...],
+    wide: Sequence[Any],
     wide_kwargs: dict[str, Any],
 ) -> None:
     for position, name in zip(_POSITIONS_OF_STATISTICS[function], _STATISTICS, strict=True):

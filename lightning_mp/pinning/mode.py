@@ -4,7 +4,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.overrides import TorchFunctionMode, _get_current_function_mode
+from torch._C import (
+    _get_function_stack_at,
+    _len_torch_function_stack,
+    _pop_torch_function_stack,
+    _push_on_torch_function_stack,
+)
+from torch.overrides import TorchFunctionMode
 
 from lightning_mp.pinning.functions import FunctionRules, run_function, unfolded
 
@@ -30,34 +36,39 @@ class FunctionPins(TorchFunctionMode):
     ) -> Any:
         rule = self.rules.get(func)
         if rule is None:
-            return func(*args, **(kwargs or {}))
+            return func(*args, **kwargs) if kwargs else func(*args)
         if rule != "look inside":
             return run_function(func, args, kwargs or {}, rule)
         with self:
             return unfolded(func)(*args, **(kwargs or {}))
 
 
-def _entered_mode() -> TorchFunctionMode | None:
-    """Return the mode that the next call of torch goes to first."""
-    mode: TorchFunctionMode | None = _get_current_function_mode()  # type: ignore[no-untyped-call]
-    return mode
-
-
 def call_with(mode: FunctionPins, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Call ``forward`` with functions pinned; a mode that is on already is not entered twice."""
-    if not torch.compiler.is_compiling() and isinstance(_entered_mode(), FunctionPins):
+    if torch.compiler.is_compiling():
+        with mode:
+            return forward(*args, **kwargs)
+    depth = _len_torch_function_stack()
+    if depth and isinstance(_get_function_stack_at(depth - 1), FunctionPins):
         return forward(*args, **kwargs)
-    with mode:
+    # By hand, as below: what stands around a call runs when large products have emptied the caches, and
+    # costs three times what it does in a loop of its own.
+    _push_on_torch_function_stack(mode)
+    try:
         return forward(*args, **kwargs)
+    finally:
+        _pop_torch_function_stack()
 
 
 def call_without(mode: FunctionPins, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Call ``forward`` with ``mode`` off, where its calls need no look. Traced code pays nothing for a mode."""
-    if torch.compiler.is_compiling() or _entered_mode() is not mode:
+    if torch.compiler.is_compiling():
         return forward(*args, **kwargs)
-    # By hand: a context manager written as a generator costs twice as much as all the rest here.
-    mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+    depth = _len_torch_function_stack()
+    if not depth or _get_function_stack_at(depth - 1) is not mode:
+        return forward(*args, **kwargs)
+    _pop_torch_function_stack()
     try:
         return forward(*args, **kwargs)
     finally:
-        mode.__enter__()  # type: ignore[no-untyped-call]
+        _push_on_torch_function_stack(mode)

@@ -27,11 +27,20 @@ class InFP32:
     output: OutputRule
     withhold: Callable[[tuple[Tensor, torch.dtype]], None]
     """Told of each tensor that was asked to become 16-bit and did not."""
+    mode: FunctionPins | None = None
+    """Left inside the module, which only computes on what was widened here; ``None``: it stays on."""
 
     def __call__(
         self, module: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """Run ``forward`` in the way of this role."""
+        if self.mode is None:
+            return self._run(module, forward, args, kwargs)
+        return call_without(self.mode, self._run, (module, forward, args, kwargs), {})
+
+    def _run(
+        self, module: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
         for parameter in module._parameters.values():
             if parameter is not None and parameter.dtype in NARROW_DTYPES:
                 return _with_wide_parameters(module, forward, args, kwargs, self.output)

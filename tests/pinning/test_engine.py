@@ -152,6 +152,46 @@ def test_function_called_by_a_module_that_is_built_on_the_spot_is_pinned():
     torch.testing.assert_close(result.double(), logits.double().softmax(-1), rtol=2**-18, atol=0)
 
 
+class UsersNorm(nn.LayerNorm):
+    """A norm whose own code could call any function."""
+
+
+@pytest.mark.parametrize(
+    ("make", "depth"),
+    [
+        (lambda: nn.LayerNorm(8), 0),
+        (lambda: nn.Softmax(-1), 0),
+        (lambda: nn.BatchNorm1d(8), 0),
+        (lambda: UsersNorm(8), 1),
+    ],
+)
+def test_mode_is_off_inside_pinned_modules_of_torch_and_on_inside_those_of_users(make, depth, monkeypatch):
+    class Caller(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = make()
+
+        def forward(self, x):
+            return F.softmax(self.inner(x), -1)
+
+    model = Caller()
+    applied(model)
+    entered = []
+    own = next(cls for cls in original_class(model.inner).__mro__ if "forward" in vars(cls))
+    forward = own.forward
+
+    def spy(module, *args):
+        entered.append(len(torch.overrides._get_current_function_mode_stack()))
+        return forward(module, *args)
+
+    monkeypatch.setattr(own, "forward", spy)
+    with BF16():
+        result = model(torch.randn(4, 8, dtype=torch.bfloat16))
+    assert entered == [depth]
+    assert result.dtype is torch.float32
+    assert torch.overrides._get_current_function_mode_stack() == []
+
+
 def test_mode_is_off_inside_modules_that_call_no_pinned_function():
     entered = []
 
