@@ -126,7 +126,7 @@ class GradientUnscaler:
         return fresh, known
 
     def _check_and_multiply_(self, grads: list[Tensor], found_inf: Tensor, *, scaled: bool) -> None:
-        for (device, _), group in _by_device_and_dtype(grads).items():
+        for device, group in _by_device_and_dtype(grads):
             factor = self._inverse_scale(device) if scaled else self._one(device)
             found = found_inf if device == found_inf.device else self._new_zero(device)
             torch._amp_foreach_non_finite_check_and_unscale_(group, found, factor)
@@ -171,16 +171,17 @@ def _params(optimizer: Optimizer) -> Iterator[Parameter]:
         yield from group["params"]
 
 
-def _by_device_and_dtype(grads: list[Tensor]) -> dict[tuple[torch.device, torch.dtype], list[Tensor]]:
-    groups: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
-    device, dtype, group = None, None, []
-    for grad in grads:
-        # Compared before it is looked up: hashing a device costs more than the rest.
-        if grad.dtype is not dtype or grad.device != device:
-            device, dtype = grad.device, grad.dtype
-            group = groups.setdefault((device, dtype), [])
-        group.append(grad)
-    return groups
+def _by_device_and_dtype(grads: list[Tensor]) -> list[tuple[torch.device, list[Tensor]]]:
+    """Return the tensors in groups that one kernel can treat; nearly always there is one."""
+    if not grads:
+        return []
+    # Compared, not looked up: hashing a device costs more than all the rest.
+    device, dtype = grads[0].device, grads[0].dtype
+    same = [grad for grad in grads if grad.dtype is dtype and grad.device == device]
+    if len(same) == len(grads):
+        return [(device, grads)]
+    rest = [grad for grad in grads if grad.dtype is not dtype or grad.device != device]
+    return [(device, same), *_by_device_and_dtype(rest)]
 
 
 def _values(grad: Tensor) -> Tensor:
