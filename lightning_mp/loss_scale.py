@@ -20,7 +20,9 @@ from lightning_mp.errors import SettingTypeError, SettingValueError
 
 __all__ = ["DynamicLossScale", "LossScaleRule", "LossScaleState", "StaticLossScale", "parse_loss_scale"]
 
-_FP32_MAX = torch.finfo(torch.float32).max
+_FP32 = torch.finfo(torch.float32)
+# The inverse of a smaller scale is infinite in FP32, or is on devices that flush subnormals to zero.
+_SCALE_RANGE = f"a finite number above zero, from {_FP32.tiny:.4g} to {_FP32.max:.4g}"
 
 
 @dataclass(frozen=True)
@@ -43,18 +45,18 @@ class StaticLossScale:
     """Multiply the loss by the same factor at every step.
 
     Args:
-        scale: The factor, finite and above zero. A power of two loses no bit.
+        scale: The factor: above zero, a normal FP32 number. A power of two loses no bit.
 
     Raises:
         SettingTypeError: If ``scale`` is not a number.
-        SettingValueError: If ``scale`` is not finite and above zero.
+        SettingValueError: If ``scale`` is not above zero, or FP32 cannot hold it and its inverse.
     """
 
     scale: float
 
     def __post_init__(self) -> None:
         _check_number("scale", self.scale, "StaticLossScale")
-        _check(0 < self.scale <= _FP32_MAX, "StaticLossScale", "scale", self.scale, "a finite number above zero")
+        _check(_FP32.tiny <= self.scale <= _FP32.max, "StaticLossScale", "scale", self.scale, _SCALE_RANGE)
         object.__setattr__(self, "scale", float(self.scale))
 
     @property
@@ -121,7 +123,10 @@ class DynamicLossScale:
         for name in ("init_scale", "growth_factor", "backoff_factor", "min_scale", "max_scale"):
             value = getattr(self, name)
             _check_number(name, value, owner)
-            _check(0 < value <= _FP32_MAX, owner, name, value, "a finite number above zero")
+            if name.endswith("scale"):
+                _check(_FP32.tiny <= value <= _FP32.max, owner, name, value, _SCALE_RANGE)
+            else:
+                _check(0 < value <= _FP32.max, owner, name, value, "a finite number above zero")
             object.__setattr__(self, name, float(value))
         for name in ("growth_interval", "hysteresis", "floor_patience"):
             value = getattr(self, name)

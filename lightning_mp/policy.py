@@ -152,7 +152,7 @@ def _parse_precision(value: str | int) -> str:
     for name, aliases in _ALIASES.items():
         if str(value) == name or str(value) in aliases:
             return name
-    hint = _nearest(str(value), [n for name, aliases in _ALIASES.items() for n in (name, *aliases)])
+    hint = _nearest(str(value).lower(), [n for name, aliases in _ALIASES.items() for n in (name, *aliases)])
     if str(value).endswith("-true"):
         hint = " For 16-bit weights use MixedPrecision('bf16', master_weights='split') or 'none'."
     raise SettingValueError(f"precision={value!r} is not known.{hint} Allowed: {_known_precisions()}.")

@@ -162,6 +162,12 @@ def test_plain_types_become_rules(value, expected):
     assert parse_loss_scale(value) == expected
 
 
+def test_smallest_scale_has_an_inverse_that_fp32_holds():
+    scale = torch.tensor(parse_loss_scale(torch.finfo(torch.float32).tiny).scale)
+    assert scale == 2.0**-126
+    assert scale.reciprocal() == 2.0**126
+
+
 @pytest.mark.parametrize(
     ("value", "error", "text"),
     [
@@ -169,6 +175,9 @@ def test_plain_types_become_rules(value, expected):
         (-2.0, SettingValueError, r"scale=-2.0"),
         (float("inf"), SettingValueError, r"scale=inf"),
         (float("nan"), SettingValueError, r"scale=nan"),
+        (1e-38, SettingValueError, r"scale=1e-38 is not allowed.*from 1.175e-38"),
+        (1e-46, SettingValueError, r"scale=1e-46 is not allowed.*from 1.175e-38"),
+        ({"min_scale": 1e-40}, SettingValueError, r"min_scale=1e-40 is not allowed.*from 1.175e-38"),
         (True, SettingTypeError, r"loss_scale=True is a bool"),
         ([1], SettingTypeError, r"loss_scale=\[1\] is a list"),
         ("dynamc", SettingValueError, r"loss_scale='dynamc' is not known. Allowed: 'dynamic'"),

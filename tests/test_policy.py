@@ -45,6 +45,7 @@ def test_loss_scale_beside_auto_waits_for_the_device():
     ("arguments", "error", "text"),
     [
         ({"precision": "fp61"}, SettingValueError, r"precision='fp61' is not known\. Did you mean 'fp16'\? Allowed:"),
+        ({"precision": "BF16"}, SettingValueError, r"precision='BF16' is not known\. Did you mean 'bf16'\?"),
         ({"precision": 64}, SettingValueError, r"precision=64 is not known"),
         ({"precision": "bf16-true"}, SettingValueError, r"For 16-bit weights use MixedPrecision\('bf16'"),
         ({"precision": None}, SettingTypeError, r"precision=None is a NoneType"),

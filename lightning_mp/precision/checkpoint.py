@@ -104,6 +104,9 @@ def restore_scaler(scaler: LossScaler, state: Mapping[str, Any]) -> list[str]:
     left = int(state.get(_EXTRAS, {}).get("hysteresis_left", rule.hysteresis))
     scaler.restore(rule, LossScaleState(scale, int(state["_growth_tracker"]), left))
     before, after = loss_scale_settings(asked), loss_scale_settings(rule)
+    was_static = isinstance(parse_loss_scale(state.get(_EXTRAS, {}).get("loss_scale")), StaticLossScale)
+    if was_static and scale != asked.init_scale:
+        return [f"the loss scale was static and starts at {scale} from the checkpoint (init_scale={asked.init_scale})"]
     return [f"{k}={after[k]} from the checkpoint (asked for: {before[k]})" for k in after if after[k] != before[k]]
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -33,7 +34,7 @@ from lightning_mp.precision.fp8 import convert_to_fp8, new_fp8_engine
 from lightning_mp.precision.manifest import ManifestRow, build_manifest
 from lightning_mp.precision.masters import attach_masters, check_averaging, new_masters
 from lightning_mp.precision.notices import notice, notice_once
-from lightning_mp.precision.ranks import compress_reduction, is_sharded
+from lightning_mp.precision.ranks import any_rank, compress_reduction, is_sharded
 from lightning_mp.precision.region import StepRegions
 from lightning_mp.precision.schedulers import SchedulerHold, hold_schedulers
 from lightning_mp.precision.stepping import OptimizerStepper
@@ -266,6 +267,9 @@ class MixedPrecision(StepRegions, FSDPPrecision):  # type: ignore[misc]  # Light
 
     def _attach(self, model: nn.Module, optimizers: list[Optimizer], lr_schedulers: list[Any]) -> None:
         is_manual = self._module is not None and not self._module.automatic_optimization
+        trainer = getattr(self._module, "_trainer", None)
+        is_distributed = trainer is not None and trainer.world_size > 1
+        self._ledger.agree = partial(any_rank, device=self._device) if is_distributed else bool
         self._model = model
         self._is_first_step = True
         self._stepper = OptimizerStepper(
@@ -275,10 +279,10 @@ class MixedPrecision(StepRegions, FSDPPrecision):  # type: ignore[misc]  # Light
             is_manual=is_manual,
             optimizers=list(optimizers),
             is_sharded=is_sharded(model, optimizers),
+            is_distributed=is_distributed,
             is_log_step=self._is_log_step,
         )
         if self._masters is not None:
-            trainer = getattr(self._module, "_trainer", None)
             attach_masters(self._masters, model, optimizers, trainer=trainer, policy=self.policy)
             self._stepper.gradients = self._masters.gradients
         self._region = None

@@ -19,6 +19,7 @@ from lightning_mp.grad_scaler import (
 )
 from lightning_mp.master_weights import Gradients
 from lightning_mp.precision.checks import ignores_closure, is_closure_repeating
+from lightning_mp.precision.ranks import any_rank_
 from lightning_mp.precision.repeats import EvaluatedClosure, step_with_repeats
 from lightning_mp.precision.steps import Attempt, StepLedger
 
@@ -35,6 +36,7 @@ class OptimizerStepper:
         is_manual: Whether the user calls backward and step.
         optimizers: All optimizers of the run.
         is_sharded: Whether ranks hold different shards of the gradients.
+        is_distributed: Whether ranks have losses of their own and must decide alike.
         is_log_step: Tells whether what was counted is about to be logged.
     """
 
@@ -47,6 +49,7 @@ class OptimizerStepper:
         is_manual: bool = False,
         optimizers: list[Optimizer] | None = None,
         is_sharded: bool = False,
+        is_distributed: bool = False,
         is_log_step: Callable[[], bool] = bool,
     ) -> None:
         self.scaler = scaler
@@ -56,6 +59,7 @@ class OptimizerStepper:
         self.gradients: Gradients | None = None  # reads and clips those of 16-bit parameters
         self._on_nonfinite = on_nonfinite
         self._is_manual = is_manual
+        self._is_distributed = is_distributed
         self._optimizers = optimizers or []
         self._is_log_step = is_log_step
         self._attempt: Attempt | None = None
@@ -158,7 +162,10 @@ class OptimizerStepper:
             return found_inf
         if self.scaler is None or not self.scaler.is_dynamic:
             return None
-        return found_inf if loss is None else found_inf * loss.isfinite().to(found_inf.device)
+        if loss is None:
+            return found_inf
+        explained = loss.isfinite().to(found_inf.device, torch.float32)
+        return found_inf * (1 - any_rank_(1 - explained) if self._is_distributed else explained)
 
     def _apply(self, optimizer: Optimizer, result: Any, kwargs: dict[str, Any]) -> Any:
         if self.scaler is not None:

@@ -73,6 +73,7 @@ class StepLedger:
     def __init__(self, rule: LossScaleRule | None, on_nonfinite: str) -> None:
         self.rule = rule
         self.on_nonfinite = on_nonfinite
+        self.agree: Callable[[bool], bool] = bool  # over all ranks: whether it is true on any of them
         self.attempts = 0
         self.applied_steps = 0
         self.skipped_steps = 0
@@ -122,7 +123,8 @@ class StepLedger:
             loss_scale = next(numbers) if attempt.loss_scale is not None else 1.0
             loss = next(numbers) if attempt.loss is not None else 0.0
             norm = next(numbers) if attempt.grad_norm is not None else None
-            loss_nonfinite = found_inf and not abs(loss) < float("inf")
+            # All ranks found the same, each in its own loss: one that is Inf explains the Inf of all.
+            loss_nonfinite = found_inf and self.agree(not abs(loss) < float("inf"))
             skipped = found_inf and self.decides_skip(found_inf=found_inf, loss_nonfinite=loss_nonfinite)
             attempt.report = StepReport(attempt.step, loss_scale, found_inf, skipped, norm, loss_nonfinite)
         return attempt.report
@@ -174,14 +176,23 @@ class StepLedger:
     def _first_parameter(self, attempt: Attempt) -> str:
         return self.name_parameter(attempt) or "a parameter whose gradient is gone by now (OverflowMonitor() names it)"
 
-    @staticmethod
-    def _loss_sentence(report: StepReport) -> str:
+    def _loss_sentence(self, report: StepReport) -> str:
+        if report.loss_nonfinite and self.rule is None:
+            return "The unscaled loss was non-finite already. Look for a module or a batch that gives Inf or NaN."
         if report.loss_nonfinite:
             return (
                 "The unscaled loss was non-finite already: no loss scale can help. Look for a module or a batch that "
                 "gives Inf or NaN, or use BF16."
             )
-        return "The unscaled loss was finite: the overflow is in the backward pass. Use BF16, or lower min_scale."
+        backward = "The unscaled loss was finite: the overflow is in the backward pass."
+        if isinstance(self.rule, DynamicLossScale):
+            return f"{backward} Use BF16, or lower min_scale."
+        if self.rule is not None:
+            return f"{backward} Use a smaller loss_scale, loss_scale='dynamic', or BF16."
+        return (
+            f"{backward} Look for a derivative that is infinite, as that of a square root, a norm or a logarithm at "
+            "zero is."
+        )
 
 
 def _ignore(attempt: Attempt) -> None:

@@ -158,12 +158,14 @@ def test_static_scale_that_was_asked_for_stays_on_resume(tmp_path, logged):
     assert "loss scale stays 64.0 as asked for" in notices(logged)[0]
 
 
-def test_dynamic_scale_starts_from_a_static_ones_value_with_its_own_settings(tmp_path):
+def test_dynamic_scale_starts_from_a_static_ones_value_with_its_own_settings(tmp_path, logged):
     path = saved(tmp_path, MixedPrecision("fp16", loss_scale=64.0))
     plugin = MixedPrecision("fp16", loss_scale=GROWS)
     trainer(plugin, max_epochs=1).fit(Regression(), batches(6), ckpt_path=path)
     assert plugin.scaler.rule == DynamicLossScale(**GROWS)
     assert plugin.scaler.get_scale() == 64.0
+    (said,) = notices(logged)
+    assert f"was static and starts at 64.0 from the checkpoint (init_scale={GROWS['init_scale']})" in said
 
 
 def test_checkpoint_written_after_a_skip_holds_the_settled_learning_rate(tmp_path):

@@ -222,6 +222,29 @@ def test_nonfinite_step_raises_before_the_next_update_and_names_the_parameter(pr
         assert torch.equal(p, q)
 
 
+class InfiniteDerivative(Regression):
+    """A finite loss whose gradient is NaN: zero times the infinite derivative of a square root at zero."""
+
+    def training_step(self, batch, batch_idx):
+        return super().training_step(batch, batch_idx) + (0 * self.layer.weight).sum().sqrt()
+
+
+@pytest.mark.parametrize(
+    ("precision", "loss_scale", "advice", "absent"),
+    [
+        ("fp32", None, "a derivative that is infinite", ("scale", "BF16")),
+        ("bf16", None, "a derivative that is infinite", ("scale", "Use BF16")),
+        ("fp16", 8.0, "Use a smaller loss_scale, loss_scale='dynamic', or BF16", ("min_scale",)),
+    ],
+)
+def test_advice_names_only_settings_that_the_run_has(precision, loss_scale, advice, absent):
+    plugin = MixedPrecision(precision, loss_scale=loss_scale, on_nonfinite="raise")
+    with pytest.raises(OverflowFoundError, match="unscaled loss was finite") as caught:
+        trainer(plugin).fit(InfiniteDerivative(), batches())
+    assert advice in str(caught.value)
+    assert not any(word in str(caught.value).replace("unscaled", "") for word in absent)
+
+
 def test_nonfinite_last_step_raises_at_the_end_of_fit():
     plugin = MixedPrecision("bf16", on_nonfinite="raise")
     with pytest.raises(OverflowFoundError, match="step 7"):

@@ -15,7 +15,7 @@ from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from lightning_mp import DynamicLossScale, MixedPrecision
+from lightning_mp import DynamicLossScale, MixedPrecision, OverflowFoundError
 from tests.models import trainer
 
 WORLD = 2
@@ -36,15 +36,18 @@ class Net(LightningModule):
         bad_rank: Rank whose loss is infinite in step ``BAD``; ``None``: no rank's.
         is_alone: Whether this process stands for all ranks.
         has_unused: Whether a layer gets no gradients.
+        fused: Whether the optimizer is fused, so that it skips on the device.
     """
 
-    def __init__(self, *, bad_rank: int | None = None, is_alone: bool = False, has_unused: bool = False) -> None:
+    def __init__(
+        self, *, bad_rank: int | None = None, is_alone: bool = False, has_unused: bool = False, fused: bool = False
+    ) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2))
         if has_unused:
             self.unused = nn.Linear(2, 2)
-        self.bad_rank, self.is_alone = bad_rank, is_alone
+        self.bad_rank, self.is_alone, self.fused = bad_rank, is_alone, fused
         self.grads: list[list[Tensor]] = []
         self.learning_rates: list[float] = []
         self.finite_shards: list[bool] = []
@@ -60,7 +63,7 @@ class Net(LightningModule):
         self.learning_rates.append(optimizer.param_groups[0]["lr"])
 
     def configure_optimizers(self) -> Any:
-        optimizer = torch.optim.AdamW(self.parameters(), lr=1e-2)
+        optimizer = torch.optim.AdamW(self.parameters(), lr=1e-2, fused=self.fused or None)
         scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
         return [optimizer], [{"scheduler": scheduler, "interval": "step"}]
 
@@ -136,6 +139,23 @@ def check_overflow(rank: int, precision: str, **settings: Any) -> None:
     assert bad.learning_rates[:BAD] + bad.learning_rates[BAD + 1 :] == good.learning_rates
 
 
+def check_loss_of_one_rank(rank: int, precision: str, on_nonfinite: str, *, fused: bool) -> None:
+    """An infinite loss on rank 1 alone is what no scale explains, on both ranks."""
+    loss_scale = SCALE if precision == "fp16" else None
+    plugin = MixedPrecision(precision, loss_scale=loss_scale, on_nonfinite=on_nonfinite)
+    model = Net(bad_rank=1, fused=fused)
+    if on_nonfinite == "raise":
+        with pytest.raises(OverflowFoundError, match=f"step {BAD} .* unscaled loss was non-finite already"):
+            fit(model, plugin, steps=range(STEPS))
+        # A step that the device skipped is known one batch later.
+        assert_same_on_all_ranks((plugin.applied_steps, plugin.skipped_steps, plugin.consecutive_skips))
+        return
+    fit(model, plugin, steps=range(BAD + 1))
+    assert (plugin.applied_steps, plugin.skipped_steps) == (BAD + 1, 0)
+    assert plugin.last_step.loss_nonfinite
+    assert not any(v.isfinite().all() for v in values(model))
+
+
 def check_accumulation(rank: int) -> None:
     """Two micro-batches, the first without synchronization, and an odd one at the end."""
     model, alone = Net(), Net(is_alone=True)
@@ -198,6 +218,11 @@ CHECKS = {
         (check_overflow, ("fp16",), {}),
         (check_overflow, ("bf16",), {}),
         (check_overflow, ("fp16",), {"has_unused": True}),
+    ],
+    "decisions": [
+        (check_loss_of_one_rank, (precision, on_nonfinite), {"fused": fused})
+        for precision, on_nonfinite in (("fp16", "ignore"), ("fp16", "raise"), ("bf16", "raise"))
+        for fused in (False, True)
     ],
     "gradients": [
         (check_accumulation, (), {}),
