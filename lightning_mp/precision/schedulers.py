@@ -3,6 +3,10 @@
 A scheduler keeps its identity, its state and its type's behavior: its class is swapped for a
 subclass whose ``step`` asks first, and swapped back at the end. ``optimizer.step`` never tells a
 scheduler that an update was left out, so without this the learning rate runs ahead of the weights.
+
+While the outcome is on its way from the device, the scheduler advances as if the update had been
+applied, so that whoever reads or sets a learning rate meanwhile finds what Lightning gives; before the
+next update it is taken back if it was not. One that cannot be taken back waits for the outcome.
 """
 
 import copyreg
@@ -11,6 +15,7 @@ from typing import Any
 
 from lightning_mp.errors import UnsupportedError
 from lightning_mp.precision.steps import Attempt, StepLedger
+from lightning_mp.precision.undo import SchedulerUndo, can_undo
 
 __all__ = ["SchedulerHold", "hold_schedulers"]
 
@@ -49,6 +54,7 @@ class SchedulerHold:
         self._settles_now = settles_now
         self._waiting: tuple[int, Callable[[], None]] | None = None
         self._original = type(scheduler)
+        self._can_undo = can_undo(scheduler)
         self._hold()
 
     def _hold(self) -> None:
@@ -93,7 +99,9 @@ class SchedulerHold:
         if attempt.found_inf is None or attempt.report is not None:
             self._resolve(advance, skipped=attempt.report is not None and attempt.report.skipped)
             return
-        attempt.scheduler_requests.append((self, advance))
+        expects_no_skip = self._can_undo and not (self.owed or self.drops or self._waiting)
+        undo = SchedulerUndo(self.scheduler, advance) if expects_no_skip else None
+        attempt.scheduler_requests.append((self, advance, undo))
         if self._settles_now():
             self._ledger.settle()
 
@@ -103,9 +111,14 @@ class SchedulerHold:
             return
         if self.frequency > 1:
             self._note(skipped=attempt.report.skipped)
-        for hold, advance in attempt.scheduler_requests:
-            if hold is self:
+        for hold, advance, undo in attempt.scheduler_requests:
+            if hold is not self:
+                continue
+            if undo is None:
                 self._resolve(advance, skipped=attempt.report.skipped)
+            elif attempt.report.skipped:
+                undo.apply_()
+                self._resolve(advance, skipped=True)
 
     def _note(self, *, skipped: bool) -> None:
         if not skipped:

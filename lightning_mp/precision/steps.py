@@ -52,7 +52,7 @@ class Attempt:
     amaxes: tuple[list[Parameter], Tensor] | None = None
     readback: Readback | None = None
     report: StepReport | None = None
-    scheduler_requests: list[tuple[Any, Callable[[], None]]] = field(default_factory=list)
+    scheduler_requests: list[tuple[Any, Callable[[], None], Any]] = field(default_factory=list)
     claimed_by: set[int] = field(default_factory=set)
 
     def tensors(self) -> list[Tensor]:
@@ -133,8 +133,11 @@ class StepLedger:
         """Settle the pending attempt, if there is one."""
         attempt, self.pending = self.pending, None
         if attempt is not None:
-            self.account(attempt)
-            self.on_settled(attempt)
+            try:
+                self.account(attempt)
+            finally:
+                # Also where the run ends here: a checkpoint written on the way out holds what was applied.
+                self.on_settled(attempt)
 
     def account(self, attempt: Attempt) -> StepReport:
         """Count an attempt whose outcome can be read, tell the listeners, and raise where asked to.

@@ -97,7 +97,7 @@ class RecordsRates(Regression):
     def note(self, optimizer, args, kwargs):
         flag = getattr(optimizer, "found_inf", None)
         if flag is None or flag.item() == 0:
-            self.rates.append(optimizer.param_groups[0]["lr"])
+            self.rates.append(float(optimizer.param_groups[0]["lr"]))
 
 
 @pytest.mark.parametrize("fused", [False, True])
@@ -119,6 +119,111 @@ def test_scheduler_with_a_frequency_advances_after_that_many_applied_steps(frequ
     )
     trainer(MixedPrecision("bf16")).fit(model, batches(18))
     assert model.rates == [0.01 * 0.5 ** (n // frequency) for n in range(14)]
+
+
+class Hand(RecordsRates):
+    """Sets the learning rate, or a scheduler's field, in a hook; also records what every batch's start reads."""
+
+    hook = "on_train_batch_start"
+
+    def __init__(self, hook, **settings):
+        super().__init__(**settings)
+        self.hook, self.read = hook, []
+
+    def turn(self, hook):
+        if hook == self.hook and self.trainer.global_step in (2, 3, 5):
+            for group in self.trainer.optimizers[0].param_groups:
+                group["lr"] = 1e-4 * self.trainer.global_step
+            if self.trainer.global_step == 5:
+                self.lr_schedulers().last_epoch = 0
+
+    def on_train_batch_start(self, batch, batch_idx):
+        # A ChainedScheduler has no epoch of its own.
+        epoch = getattr(self.lr_schedulers(), "last_epoch", None)
+        self.read.append((self.trainer.optimizers[0].param_groups[0]["lr"], epoch))
+        self.turn("on_train_batch_start")
+
+    def on_train_batch_end(self, *args):
+        self.turn("on_train_batch_end")
+
+
+@pytest.mark.parametrize("kind", SCHEDULERS)
+@pytest.mark.parametrize("hook", ["on_train_batch_start", "on_train_batch_end"])
+@pytest.mark.parametrize("frequency", [1, 2])
+def test_learning_rate_set_by_hand_holds_as_in_lightning_whatever_is_still_on_its_way(kind, hook, frequency):
+    settings = {"scheduler": SCHEDULERS[kind], "fused": True, "frequency": frequency}
+    model, reference = Hand(hook, **settings), Hand(hook, **settings)
+    trainer(MixedPrecision("fp32"), log_every_n_steps=1000).fit(model, batches(12))
+    trainer(log_every_n_steps=1000).fit(reference, batches(12))
+    assert model.rates == reference.rates
+    assert model.read == reference.read
+
+
+def test_learning_rate_set_by_hand_survives_a_skip_that_is_known_later():
+    class SetsOnce(RecordsRates):
+        def on_train_batch_start(self, batch, batch_idx):
+            if batch_idx == 4:  # batch 3 was skipped on the device, and the host does not know yet
+                self.trainer.optimizers[0].param_groups[0]["lr"] = 1e-4
+
+    model = SetsOnce(factors={3: INF}, scheduler=lambda o: lr_scheduler.LambdaLR(o, lambda e: 1 / (e + 1)), fused=True)
+    trainer(MixedPrecision("bf16"), log_every_n_steps=1000).fit(model, batches(6))
+    expected = [1e-2, 1e-2 / 2, 1e-2 / 3, 1e-4, 1e-2 / 5]
+    torch.testing.assert_close(model.rates, expected, rtol=1e-12, atol=0)
+
+
+class Stateful(lr_scheduler.LRScheduler):
+    """Draws from an iterator at each step: nobody can take that back."""
+
+    def __init__(self, optimizer):
+        self.rates = iter([1e-2, 5e-3, 2e-3, 1e-3, 5e-4, 2e-4, 1e-4, 5e-5])
+        super().__init__(optimizer)
+
+    def get_lr(self):
+        return [next(self.rates) for _ in self.optimizer.param_groups]
+
+
+class Tracing(lr_scheduler.LRScheduler):
+    """Keeps lists, dicts and tensors that it changes in place, and a tensor for a learning rate."""
+
+    def __init__(self, optimizer):
+        self.trace, self.seen, self.total = [], {}, torch.zeros(())
+        super().__init__(optimizer)
+
+    def get_lr(self):
+        self.trace.append(self.last_epoch)
+        self.seen[self.last_epoch] = len(self.trace)
+        self.total.add_(1)
+        return [base / (1 + len(self.trace) + float(self.total)) for base in self.base_lrs]
+
+
+@pytest.mark.parametrize("kind", [Stateful, Tracing])
+def test_scheduler_of_the_users_own_is_as_if_it_never_saw_a_skipped_step(kind):
+    bad = {0: INF, 3: INF, 4: INF}
+    model = RecordsRates(factors=bad, scheduler=kind, fused=True)
+    run = trainer(MixedPrecision("bf16"), log_every_n_steps=1000)
+    run.fit(model, batches(8))
+    _, expected = plain_loop(Regression(), batches_without(bad), dtype=torch.bfloat16, scheduler=kind)
+    assert model.rates == expected
+    if kind is Tracing:
+        found = run.lr_scheduler_configs[0].scheduler
+        assert (found.trace, list(found.seen), float(found.total)) == ([0, 1, 2, 3, 4, 5], [0, 1, 2, 3, 4, 5], 6.0)
+
+
+def test_learning_rate_that_is_a_tensor_goes_back_in_place():
+    model = RecordsRates(
+        factors={1: INF}, lr=torch.tensor(1e-2), fused=True, scheduler=lambda o: lr_scheduler.ExponentialLR(o, 0.5)
+    )
+    trainer(MixedPrecision("bf16"), log_every_n_steps=1000).fit(model, batches(4))
+    torch.testing.assert_close(model.rates, [1e-2, 5e-3, 2.5e-3], rtol=1e-6, atol=0)
+
+
+def test_run_that_a_skipped_step_ends_leaves_the_schedule_of_the_applied_ones():
+    model = Regression(factors={3: INF}, fused=True, scheduler=lambda o: lr_scheduler.StepLR(o, 1, 0.5))
+    run = trainer(MixedPrecision("bf16", on_nonfinite="raise"), log_every_n_steps=1000)
+    with pytest.raises(OverflowFoundError, match="step 3"):
+        run.fit(model, batches(8))
+    assert run.lr_scheduler_configs[0].scheduler.last_epoch == 3
+    assert run.optimizers[0].param_groups[0]["lr"] == 1e-2 / 8
 
 
 def test_schedulers_advance_on_skipped_steps_where_asked():
