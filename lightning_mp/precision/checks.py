@@ -12,7 +12,14 @@ from torch.optim import LBFGS, Optimizer
 from lightning_mp.errors import UnsupportedError
 from lightning_mp.policy import PrecisionPolicy
 
-__all__ = ["check_optimizers", "check_parameters", "check_strategy", "ignores_closure", "is_closure_repeating"]
+__all__ = [
+    "check_optimizers",
+    "check_parameters",
+    "check_strategy",
+    "ignores_closure",
+    "is_closure_repeating",
+    "takes_closure",
+]
 
 _REFUSED_STRATEGIES = {
     "DeepSpeedStrategy": "owns its precision: remove the plugin and pass Trainer(strategy='deepspeed', "
@@ -58,8 +65,9 @@ def check_optimizers(optimizers: Iterable[Optimizer], policy: PrecisionPolicy) -
     for optimizer in optimizers:
         if is_closure_repeating(optimizer):
             raise UnsupportedError(
-                f"precision='fp16' cannot train with {type(optimizer).__name__}: it evaluates the closure several "
-                "times per step, and one overflow would end its line search in Inf. Use precision='bf16' or 'fp32'."
+                f"precision='fp16' cannot train with {type(optimizer).__name__}: its step demands a closure, which it "
+                "may evaluate several times, and one overflow would end its line search in Inf. Use precision='bf16' "
+                "or 'fp32'; if it evaluates the closure once and first, declare that: def step(self, closure=None)."
             )
 
 
@@ -73,6 +81,17 @@ def ignores_closure(optimizer: Optimizer) -> bool:
     """Tell whether ``step`` only returns what its closure returns: torch's own do, LBFGS apart, at 3 us a call."""
     optimizer_class: Any = type(optimizer)
     return _is_of_torch(optimizer_class) and not _demands_closure(optimizer_class)
+
+
+def takes_closure(optimizer: Optimizer) -> bool:
+    """Tell whether ``step`` has an argument for a closure."""
+    optimizer_class: Any = type(optimizer)
+    return _has_closure_argument(optimizer_class)
+
+
+@cache
+def _has_closure_argument(optimizer_class: Any) -> bool:
+    return "closure" in signature(optimizer_class.step).parameters
 
 
 @cache

@@ -288,7 +288,10 @@ class MixedPrecision(StepRegions, FSDPPrecision):  # type: ignore[misc]  # Light
         self._region = None
         self._ledger.on_settled = self._release_schedulers
         self._ledger.name_parameter = self._name_first_nonfinite
-        self._handles = [o.register_state_dict_pre_hook(lambda _: self.settle()) for o in optimizers]
+        # A wrapper that never called Optimizer.__init__ takes no hooks; it cannot skip on the device either,
+        # so that nothing is pending when its state is read.
+        hooked = [o for o in optimizers if hasattr(o, "_optimizer_state_dict_pre_hooks")]
+        self._handles = [o.register_state_dict_pre_hook(lambda _: self.settle()) for o in hooked]
         if self.policy.hold_schedulers:
             self._holds = hold_schedulers(
                 lr_schedulers,

@@ -18,7 +18,7 @@ from lightning_mp.grad_scaler import (
     supports_skip_on_device,
 )
 from lightning_mp.master_weights import Gradients
-from lightning_mp.precision.checks import ignores_closure, is_closure_repeating
+from lightning_mp.precision.checks import ignores_closure, is_closure_repeating, takes_closure
 from lightning_mp.precision.ranks import any_rank_
 from lightning_mp.precision.repeats import EvaluatedClosure, step_with_repeats
 from lightning_mp.precision.steps import Attempt, StepLedger
@@ -66,6 +66,7 @@ class OptimizerStepper:
         self._loss: Tensor | None = None
         self._is_loss_stale = False
         self._batch_found_inf: list[Tensor] = []
+        self._seen_optimizers: set[int] = set()
 
     # --- Backward --------------------------------------------------------------------------------
 
@@ -151,9 +152,7 @@ class OptimizerStepper:
         self.ledger.pending = attempt
         if skip_flag is None:
             return self._apply(optimizer, result, kwargs)
-        if self.scaler is None and not ignores_closure(optimizer):
-            kwargs = {**kwargs, "closure": EvaluatedClosure(result, optimizer)}
-        output = step_unless(skip_flag, optimizer, kwargs)
+        output = step_unless(skip_flag, optimizer, self._with_closure(optimizer, result, kwargs))
         return result if output is None and self.scaler is None else output
 
     def _skip_flag(self, found_inf: Tensor, loss: Tensor | None) -> Tensor | None:
@@ -168,12 +167,16 @@ class OptimizerStepper:
         return found_inf * (1 - any_rank_(1 - explained) if self._is_distributed else explained)
 
     def _apply(self, optimizer: Optimizer, result: Any, kwargs: dict[str, Any]) -> Any:
-        if self.scaler is not None:
-            return optimizer.step(**kwargs)
-        if ignores_closure(optimizer):
-            optimizer.step(**kwargs)
-            return result
-        return optimizer.step(closure=EvaluatedClosure(result, optimizer), **kwargs)
+        output = optimizer.step(**self._with_closure(optimizer, result, kwargs))
+        return result if output is None and self.scaler is None and ignores_closure(optimizer) else output
+
+    def _with_closure(self, optimizer: Optimizer, result: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Add a closure for an optimizer that does something of its own with it."""
+        if ignores_closure(optimizer) or (self.scaler is not None and not takes_closure(optimizer)):
+            return kwargs
+        is_new = id(optimizer) not in self._seen_optimizers
+        self._seen_optimizers.add(id(optimizer))
+        return {**kwargs, "closure": EvaluatedClosure(result, optimizer, is_new=is_new)}
 
     def _finish(self, attempt: Attempt, found_inf: Tensor) -> None:
         self._attempt = None

@@ -470,7 +470,108 @@ class DeclaredTwiceSGD(TwiceSGD):
         return super().step(closure)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+class TiltedSGD(torch.optim.SGD):
+    """Takes its gradient elsewhere, as extragradient and smoothing do."""
+
+    def step(self, closure=None):
+        params = self.param_groups[0]["params"]
+        with torch.no_grad():
+            for param in params:
+                self.move(param, 1.0)
+        with torch.enable_grad():
+            loss = closure()
+        with torch.no_grad():
+            for param in params:
+                self.move(param, -1.0)
+        super().step()
+        return loss
+
+    def move(self, param, by):
+        param.add_(by)
+
+
+class TiltedDataSGD(TiltedSGD):
+    """The same in the way of old code, which leaves no trace in the version of the parameter."""
+
+    def move(self, param, by):
+        param.data.add_(by)
+
+
+class ClearingSGD(TiltedSGD):
+    """Clears the gradients first."""
+
+    def move(self, param, by):
+        if by > 0:
+            param.grad = None
+
+
+class FirstSGD(TiltedSGD):
+    """Evaluates its closure once, before anything else."""
+
+    def move(self, param, by):
+        """Leave it where it is."""
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("optimizer", [TiltedSGD, TiltedDataSGD, ClearingSGD])
+def test_optimizer_that_evaluates_an_optional_closure_elsewhere_is_refused(precision, optimizer):
+    name = optimizer.__name__
+    text = rf"{name}\.step changes weights or gradients before .* class Repeating\({name}\): def step\(self, closure\)"
+    with pytest.raises(UnsupportedError, match=text):
+        trainer(MixedPrecision(precision)).fit(Regression(optimizer=optimizer), batches())
+
+
+@pytest.mark.parametrize("optimizer", [TiltedSGD, TiltedDataSGD, ClearingSGD, FirstSGD])
+def test_optimizer_that_declares_its_closure_trains_as_without_the_plugin(optimizer):
+    class Declared(optimizer):
+        def step(self, closure):
+            return super().step(closure)
+
+    ours, lightnings = Regression(optimizer=Declared), Regression(optimizer=optimizer)
+    trainer(MixedPrecision("fp32")).fit(ours, batches())
+    trainer(None).fit(lightnings, batches())
+    for mine, theirs in zip(weights(ours), weights(lightnings), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_optimizer_that_evaluates_an_optional_closure_first_trains_as_torchs(precision):
+    plugin = MixedPrecision(precision, loss_scale=64.0 if precision == "fp16" else None)
+    ours, torchs = Regression(optimizer=FirstSGD), Regression(optimizer=torch.optim.SGD)
+    trainer(plugin).fit(ours, batches())
+    trainer(MixedPrecision(precision, loss_scale=plugin.policy.loss_scale)).fit(torchs, batches())
+    assert plugin.applied_steps == 8
+    for mine, theirs in zip(weights(ours), weights(torchs), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+class Lookahead(torch.optim.Optimizer):
+    """Wraps another optimizer, as old code does, without calling the constructor of its base."""
+
+    def __init__(self, params, lr):
+        self.inner = torch.optim.Adam(params, lr=lr)
+        self.param_groups, self.state, self.defaults = self.inner.param_groups, self.inner.state, self.inner.defaults
+
+    def step(self, closure=None):
+        return self.inner.step(closure)
+
+    def zero_grad(self, set_to_none=True):
+        self.inner.zero_grad(set_to_none)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_optimizer_that_wraps_another_trains_as_the_other(precision):
+    scale = 64.0 if precision == "fp16" else None
+    ours, torchs = Regression(optimizer=Lookahead, factors=BAD), Regression(optimizer=torch.optim.Adam, factors=BAD)
+    run = trainer(MixedPrecision(precision, loss_scale=scale))
+    run.fit(ours, batches())
+    trainer(MixedPrecision(precision, loss_scale=scale)).fit(torchs, batches())
+    assert run.precision_plugin.skipped_steps == len(BAD)
+    for mine, theirs in zip(weights(ours), weights(torchs), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_optimizer_that_repeats_an_optional_closure_is_refused_rather_than_fed_old_gradients(precision):
     run = trainer(MixedPrecision(precision))
     with pytest.raises(UnsupportedError, match=r"class Repeating\(TwiceSGD\): def step\(self, closure\)"):
