@@ -323,6 +323,7 @@ class MixedPrecision(StepRegions, FSDPPrecision):  # type: ignore[misc]  # Light
             hold.release()
         self._held_states = [hold.state() for hold in self._holds]
         self._handles, self._holds, self._model = [], [], None
+        self._stepper.backward_watch.remove()
         self._ledger.latest.clear()
         self._stepper = OptimizerStepper(self.scaler, self._ledger, on_nonfinite=self.policy.on_nonfinite)
         self._region = None
@@ -382,6 +383,7 @@ class MixedPrecision(StepRegions, FSDPPrecision):  # type: ignore[misc]  # Light
 
     def unscale_gradients(self, optimizer: Optimizer) -> None:
         """Divide the optimizer's gradients by the loss scale now, once; the step knows that it is done."""
+        self._stepper.check_announced(_unwrap(optimizer))
         self._stepper.unscaler.unscale_(_unwrap(optimizer))
 
     # --- Clipping --------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 from lightning_mp.casting import clear_cast_weights
 from lightning_mp.errors import UnsupportedError
 from lightning_mp.grad_scaler import (
+    BackwardWatch,
     GradientUnscaler,
     LossScaler,
     Readback,
@@ -67,17 +68,22 @@ class OptimizerStepper:
         self._is_loss_stale = False
         self._batch_found_inf: list[Tensor] = []
         self._seen_optimizers: set[int] = set()
+        self.backward_watch = BackwardWatch(
+            p for o in self._optimizers for group in o.param_groups for p in group["params"] if is_manual and scaler
+        )
 
     # --- Backward --------------------------------------------------------------------------------
 
     def before_backward(self, loss: Tensor) -> Tensor:
         """Return the loss to call backward on."""
         self._remember_loss(loss)
+        self.backward_watch.begin()
         self.unscaler.before_backward()
         return loss if self.scaler is None else self.scaler.scale(loss)
 
     def after_backward(self) -> None:
         """Forget cast weights: a user may change weights between two backwards of one batch."""
+        self.backward_watch.end()
         if self.is_in_batch:
             clear_cast_weights()
 
@@ -181,6 +187,7 @@ class OptimizerStepper:
     def _finish(self, attempt: Attempt, found_inf: Tensor) -> None:
         self._attempt = None
         self._is_loss_stale = True
+        self.backward_watch.forget(attempt.optimizer)
         self.unscaler.finish(attempt.optimizer)
         if self.is_in_batch:
             clear_cast_weights()
@@ -196,7 +203,9 @@ class OptimizerStepper:
         Raises:
             UnsupportedError: If there is a loss scale and ``loss.backward()`` was called.
         """
-        if self._is_manual and self.unscaler.has_unannounced_gradients(optimizer):
+        if not self._is_manual or self.scaler is None:
+            return
+        if self.backward_watch.has_stray(optimizer) or self.unscaler.has_unannounced_gradients(optimizer):
             raise UnsupportedError(
                 "precision='fp16': the optimizer has gradients of a loss that was never multiplied by the loss scale. "
                 "Call self.manual_backward(loss) rather than loss.backward() in training_step."
@@ -211,6 +220,7 @@ class OptimizerStepper:
     def exit_batch(self, succeeded: bool) -> None:
         """Move the scale once for all optimizers that stepped within ``training_step``."""
         self.is_in_batch = False
+        self.backward_watch.end()
         found, self._batch_found_inf = self._batch_found_inf, []
         if not found or not succeeded or self.scaler is None or not self.scaler.is_dynamic:
             return

@@ -302,3 +302,57 @@ def test_gradient_accumulation_by_hand_equals_fp32():
 
     ours, reference, _ = fit_both(Accumulates, loss_scale={"init_scale": 256.0, "growth_interval": 1})
     assert_same_weights(ours, reference)
+
+
+class ForgetsOnce(Two):
+    """A backward of its own beside one through ``manual_backward``: for the other optimizer, or for the same."""
+
+    def __init__(self, order, *, shares):
+        super().__init__()
+        self.order, self.shares = order, shares
+
+    def training_step(self, batch, batch_idx):
+        first, second = self.optimizers()
+        first.zero_grad()
+        second.zero_grad()
+        x, _ = batch
+        losses = [self.a(x).float().pow(2).mean(), (self.a if self.shares else self.b)(x).float().mean()]
+        for index in self.order:
+            if index == 0:
+                self.manual_backward(losses[0])
+            else:
+                losses[1].backward()
+        first.step()
+        second.step()
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+@pytest.mark.parametrize("shares", [False, True])
+def test_one_forgotten_manual_backward_among_others_is_refused(order, shares):
+    with pytest.raises(UnsupportedError, match=r"Call self\.manual_backward\(loss\) rather than loss\.backward\(\)"):
+        trainer(MixedPrecision("fp16", loss_scale=1024.0)).fit(ForgetsOnce(order, shares=shares), batches())
+
+
+def test_backward_whose_gradients_are_cleared_before_the_scaled_one_is_allowed():
+    class Adversarial(Two):
+        """Perturbs its input by the sign of a gradient that it takes by itself."""
+
+        def training_step(self, batch, batch_idx):
+            x, y = batch
+            x = x.clone().requires_grad_()
+            self.loss((x, y)).backward()
+            for optimizer in self.optimizers():
+                optimizer.zero_grad()
+            self.manual_backward(self.loss(((x + 0.125 * x.grad.sign()).detach(), y)))
+            for optimizer in self.optimizers():
+                optimizer.step()
+
+    ours, reference, plugin = fit_both(Adversarial)
+    assert plugin.applied_steps == 16
+    assert_same_weights(ours, reference)
+
+
+def test_no_hook_is_left_on_parameters():
+    model = ForgetsOnce((0,), shares=False)
+    trainer(MixedPrecision("fp16", loss_scale=8.0)).fit(model, batches(2))
+    assert not any(p._post_accumulate_grad_hooks for p in model.parameters())
