@@ -1,5 +1,6 @@
 """``MixedPrecision``, the Precision plugin: it orders the hooks and leaves the numerics to the engines."""
 
+import weakref
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -117,7 +118,7 @@ class MixedPrecision(StepRegions, FSDPPrecision):  # type: ignore[misc]  # Light
             device=device,
         )
         self._asked = asked
-        self._module: LightningModule | None = None
+        self._module_ref: Callable[[], LightningModule | None] = _no_module
         self._holds: list[SchedulerHold] = []
         self._handles: list[Any] = []
         self._model: nn.Module | None = None
@@ -133,18 +134,30 @@ class MixedPrecision(StepRegions, FSDPPrecision):  # type: ignore[misc]  # Light
 
     # --- What users read -------------------------------------------------------------------------
 
+    @property
+    def _module(self) -> LightningModule | None:
+        """The model set up last, as long as anybody else holds it: a plugin kept for its counts frees the memory."""
+        return self._module_ref()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy, as that of a launcher, belongs to no model until it trains one.
+        return {**self.__dict__, "_module_ref": _no_module}
+
     def manifest(self) -> list[ManifestRow]:
         """Return which module computes in what, as of now, one frozen row per module with parameters.
 
         Raises:
             UnsupportedError: If no model was set up yet.
         """
-        if self._module is None:
-            raise UnsupportedError("manifest() needs a model: call it after Trainer.fit or validate has set one up.")
+        module = self._module
+        if module is None:
+            raise UnsupportedError(
+                "manifest() needs a model: call it after Trainer.fit or validate has set one up, while it is in use."
+            )
         converted = self._fp8 is not None and self._fp8.is_converted
         rows = self._fp8.rows if self._fp8 is not None and converted else ()
         return build_manifest(
-            self._module,
+            module,
             self.policy,
             pinned=frozenset(fqn for pin in self._applied_pins for fqn in pin.modules),
             fp8_reasons={row.fqn: (row.converted, row.reason) for row in rows},
@@ -191,7 +204,7 @@ class MixedPrecision(StepRegions, FSDPPrecision):  # type: ignore[misc]  # Light
 
     def convert_module(self, module: nn.Module) -> nn.Module:
         trainer = getattr(module, "_trainer", None)
-        self._module = module if isinstance(module, LightningModule) else None
+        self._module_ref = weakref.ref(module) if isinstance(module, LightningModule) else _no_module
         if trainer is not None:
             check_strategy(trainer.strategy, self._asked)
             self._resolve(self._check_device(trainer.strategy.root_device))
@@ -266,8 +279,9 @@ class MixedPrecision(StepRegions, FSDPPrecision):  # type: ignore[misc]  # Light
         return model, optimizers, lr_schedulers
 
     def _attach(self, model: nn.Module, optimizers: list[Optimizer], lr_schedulers: list[Any]) -> None:
-        is_manual = self._module is not None and not self._module.automatic_optimization
-        trainer = getattr(self._module, "_trainer", None)
+        module = self._module
+        is_manual = module is not None and not module.automatic_optimization
+        trainer = getattr(module, "_trainer", None)
         is_distributed = trainer is not None and trainer.world_size > 1
         self._ledger.agree = partial(any_rank, device=self._device) if is_distributed else bool
         self._model = model
@@ -309,7 +323,8 @@ class MixedPrecision(StepRegions, FSDPPrecision):  # type: ignore[misc]  # Light
             compress_reduction(model, reduce_dtype)
 
     def _name_first_nonfinite(self, attempt: Attempt) -> str | None:
-        return None if self._module is None else first_nonfinite_parameter(self._module, attempt)
+        module = self._module
+        return None if module is None else first_nonfinite_parameter(module, attempt)
 
     def _release_schedulers(self, attempt: Attempt) -> None:
         for hold in self._holds:
@@ -350,6 +365,11 @@ class MixedPrecision(StepRegions, FSDPPrecision):  # type: ignore[misc]  # Light
     # --- Backward and step -----------------------------------------------------------------------
 
     def pre_backward(self, tensor: Tensor, module: LightningModule) -> Tensor:  # type: ignore[override]
+        if module is None:
+            raise UnsupportedError(
+                "MixedPrecision is a plugin for lightning.pytorch.Trainer, and Fabric has no hooks and steps to guard. "
+                "Use Fabric(precision='bf16-mixed'), or train with Trainer(plugins=[MixedPrecision(...)])."
+            )
         if self._masters is not None:
             self._masters.begin_backward()
         tensor = self._stepper.before_backward(tensor)
@@ -458,6 +478,10 @@ class MixedPrecision(StepRegions, FSDPPrecision):  # type: ignore[misc]  # Light
         logged = trainer.fit_loop.epoch_loop._batches_that_stepped
         every = trainer.log_every_n_steps
         return (logged + 1) % every == 0 or (logged + 2) % every == 0 or bool(trainer.should_stop)
+
+
+def _no_module() -> None:
+    """Stand in for a reference to a module where there is none."""
 
 
 def _unwrap(optimizer: Any) -> Optimizer:

@@ -1,15 +1,19 @@
 """What setup decides, refuses and says; what an exception leaves behind; what the manifest shows."""
 
+import gc
 import logging
+import pickle
+import weakref
 
 import pytest
 import torch
+from lightning.fabric import Fabric
 from lightning.pytorch.strategies import DeepSpeedStrategy, SingleDeviceXLAStrategy, XLAStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.optim import lr_scheduler
 
-from lightning_mp import MixedPrecision, UnsupportedError
+from lightning_mp import FP32Pin, MixedPrecision, OverflowMonitor, UnsupportedError
 from lightning_mp.errors import SettingValueError
 from lightning_mp.hardware import Support
 from lightning_mp.policy import PrecisionPolicy
@@ -145,7 +149,7 @@ def test_exception_in_the_middle_leaves_nothing_behind_and_fit_can_go_on(precisi
     assert type(run.lr_scheduler_configs[0].scheduler) is lr_scheduler.StepLR
     assert not run.optimizers[0]._optimizer_state_dict_pre_hooks
     assert not model._forward_hooks
-    assert plugin.applied_steps == 2
+    assert plugin.applied_steps + plugin.skipped_steps == 2
     trainer(plugin).fit(Regression(fused=fused), batches(3))
     assert plugin.applied_steps == 3
 
@@ -238,4 +242,39 @@ def test_plugin_survives_a_pickle_before_fit():
 
     plugin = pickle.loads(pickle.dumps(MixedPrecision("fp16", loss_scale=8)))
     trainer(plugin).fit(Regression(), batches(2))
-    assert plugin.applied_steps == 2
+    assert plugin.applied_steps + plugin.skipped_steps == 2
+
+
+class Wide(Regression):
+    """Wide enough for FP8."""
+
+    def __init__(self, **settings):
+        super().__init__(**settings)
+        self.layer = nn.Sequential(nn.Linear(32, 32), nn.LayerNorm(32), nn.Linear(32, 1))
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16", "fp8"])
+@pytest.mark.parametrize("masters", ["params", "copy"])
+def test_plugin_kept_for_its_counts_holds_neither_model_nor_optimizer(precision, masters):
+    plugin = MixedPrecision(
+        precision, master_weights=masters, fp8={"backend": "emulated"} if precision == "fp8" else None
+    )
+    model = Wide(scheduler=lambda o: torch.optim.lr_scheduler.StepLR(o, 1), fused=True)
+    run = trainer(plugin, callbacks=[FP32Pin(), OverflowMonitor()])
+    run.fit(model, batches(2, features=32))
+    references = [weakref.ref(model), weakref.ref(run.optimizers[0])]
+    assert len(pickle.dumps(plugin)) < 100_000
+    del model, run
+    gc.collect()
+    assert [reference() for reference in references] == [None, None]
+    assert plugin.applied_steps + plugin.skipped_steps == 2
+    with pytest.raises(UnsupportedError, match="while it is in use"):
+        plugin.manifest()
+
+
+def test_fabric_is_refused_with_the_fix():
+    fabric = Fabric(accelerator="cpu", plugins=[MixedPrecision("bf16")])
+    model = nn.Linear(4, 1)
+    model, _ = fabric.setup(model, torch.optim.SGD(model.parameters(), 0.1))
+    with pytest.raises(UnsupportedError, match=r"Use Fabric\(precision='bf16-mixed'\)"):
+        fabric.backward(model(torch.ones(1, 4)).sum())
