@@ -85,7 +85,7 @@ class PrecisionPolicy:
             hold_schedulers=hold_schedulers,
             device=_parse_device(device),
         )
-        policy._check()
+        policy._check(loss_scale)
         return policy
 
     @property
@@ -114,10 +114,10 @@ class PrecisionPolicy:
         """Return the policy with ``"auto"`` replaced by the precision that a device gets."""
         return replace(self, precision=precision)
 
-    def _check(self) -> None:
+    def _check(self, loss_scale: Any) -> None:
         if self.loss_scale is not None and self.precision not in ("fp16", "auto"):
             raise SettingValueError(
-                f"loss_scale={self.loss_scale!r} is set beside precision={self.precision!r}, which needs no loss "
+                f"loss_scale={loss_scale!r} is set beside precision={self.precision!r}, which needs no loss "
                 "scale: its gradients have the range of FP32. Remove loss_scale, or use precision='fp16'."
             )
         if self.fp8 is not None and self.precision != "fp8":
