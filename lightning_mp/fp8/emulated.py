@@ -44,10 +44,12 @@ class _BothWays:
     columnwise: Quantized
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class _CachedWeight:
     source: Tensor
     quantized: _BothWays
+    is_noted: bool
+    """Whether a training pass took note of it; evaluation casts without."""
 
 
 class EmulatedBackend(LayerBackend):
@@ -74,29 +76,34 @@ class EmulatedBackend(LayerBackend):
         return y.reshape(*x.shape[:-1], layer.out_features)  # type: ignore[no-any-return]
 
     def quantize(self, x: Tensor, operand: Operand, *, is_recorded: bool) -> _BothWays:
-        """Quantize one operand; ``is_recorded``: its amax counts for delayed scaling."""
+        """Quantize one operand; ``is_recorded``: a training pass does, which delayed scaling and statistics note."""
         dtype = operand_dtype(self.recipe.fp8_format, operand)
         if isinstance(self.recipe, BlockScaling):
             quantized = _quantize_blockwise(x, self.recipe, operand, dtype)
         else:
-            scale = self._scale(x, operand, dtype, is_recorded=is_recorded)
-            tensorwise = quantize_tensor(x, scale, dtype)
+            tensorwise = quantize_tensor(x, self._scale(x, operand, dtype), dtype)
             quantized = _BothWays(tensorwise, tensorwise)
-        if not torch.compiler.is_compiling() and self.settings.step.collects:
-            measured = measure_cast(x, quantized.rowwise)
-            self.measured[operand] = worse_of(self.measured.get(operand), measured)
+        if is_recorded:
+            self._note(x, operand, quantized)
         return quantized
 
-    def _scale(self, x: Tensor, operand: Operand, dtype: torch.dtype, *, is_recorded: bool) -> Tensor:
+    def _scale(self, x: Tensor, operand: Operand, dtype: torch.dtype) -> Tensor:
         if isinstance(self.recipe, CurrentScaling):
             return scale_from_amax(amax_of(x), dtype, self.recipe.quantization(operand))
         if self.delayed is None:
             raise TypeError(f"no scale rule for {self.recipe!r}")
-        scale = self.delayed.scale_of(operand, x.device)
-        if is_recorded:
+        return self.delayed.scale_of(operand, x.device)
+
+    def _note(self, x: Tensor, operand: Operand, quantized: _BothWays) -> None:
+        if self.delayed is not None:
             self.delayed.record(operand, amax_of(x))
             self.settings.step.has_amax = True
-        return scale
+        if not torch.compiler.is_compiling() and self.settings.step.collects:
+            self.measure(x, operand, quantized)
+
+    def measure(self, x: Tensor, operand: Operand, quantized: _BothWays) -> None:
+        """Keep what the cast did to an operand, if it is the worst of this step."""
+        self.measured[operand] = worse_of(self.measured.get(operand), measure_cast(x, quantized.rowwise))
 
     def quantize_weight(self, weight: Tensor, *, is_recorded: bool) -> _BothWays:
         """Quantize the weight, or return what it was quantized to if not a bit of it has changed since.
@@ -107,12 +114,15 @@ class EmulatedBackend(LayerBackend):
         if torch.compiler.is_compiling() or not self.settings.cache_weights:
             self._count_cast()
             return self.quantize(self._values_of(weight), "weight", is_recorded=is_recorded)
-        if self._cached is None or not _is_same(self._cached.source, weight):
-            self._count_cast()
-            # What evaluation casts in inference mode must serve a later training step too.
-            with torch.inference_mode(False), torch.no_grad():
+        # What evaluation casts in inference mode must serve a later training step too.
+        with torch.inference_mode(False), torch.no_grad():
+            if self._cached is None or not _is_same(self._cached.source, weight):
+                self._count_cast()
                 quantized = self.quantize(self._values_of(weight), "weight", is_recorded=is_recorded)
-                self._cached = _CachedWeight(weight.detach().clone(), quantized)
+                self._cached = _CachedWeight(weight.detach().clone(), quantized, is_recorded)
+            elif is_recorded and not self._cached.is_noted:
+                self._note(self._values_of(weight), "weight", self._cached.quantized)
+                self._cached.is_noted = True
         return self._cached.quantized
 
     def _values_of(self, weight: Tensor) -> Tensor:

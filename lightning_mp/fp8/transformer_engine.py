@@ -11,8 +11,8 @@ region depth above zero until teardown leaves the update to ``on_optimizer_step`
 """
 
 import importlib
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -266,16 +266,33 @@ class EngineBackend(LayerBackend):
         num_rows = rows.shape[0]
         missing = -num_rows % ALIGNMENT if num_rows else ALIGNMENT
         padded = nn.functional.pad(rows, (0, 0, 0, missing)) if missing else rows
-        with self.session.layer_region():
-            if self.delayed is not None:
-                self.delayed.apply(engine)
-                self.settings.step.has_amax |= layer.training
+        with self.session.layer_region(), self._history(layer, engine):
             if self.settings.step.collects:
                 self._watches = self._watches or watch_casts(engine, self.session.twin, self._seen(layer), self._keep)
             y = engine(padded, is_first_microbatch=self._is_first_use(layer.weight, padded))
         if self.settings.step.collects:
             self._measure_the_rest(engine, layer, rows, y)
         return y[:num_rows].reshape(*x.shape[:-1], layer.out_features)  # type: ignore[no-any-return]
+
+    @contextmanager
+    def _history(self, layer: nn.Linear, engine: Any) -> Iterator[None]:
+        """Bring loaded history in, and keep the amax of evaluation out: the library's casts note it in any mode."""
+        if self.delayed is None:
+            yield
+            return
+        self.delayed.apply(engine)
+        self.settings.step.has_amax |= layer.training
+        if layer.training:
+            yield
+            return
+        with torch.inference_mode(False):
+            engine.init_fp8_metadata(num_gemms=1)
+        entry = engine.fp8_meta["scaling_fwd"].amax_history[0]
+        before = entry.clone()
+        yield
+        entry.copy_(before)
+        # A weight that was cast here has not told its amax.
+        self._cast_from = None
 
     def _bind(self, layer: nn.Linear) -> Any:
         """Return the library's module, on the parameters that the layer has now."""
@@ -344,22 +361,22 @@ class EngineBackend(LayerBackend):
         kept = getattr(engine, "_fp8_workspaces", {}).get("weight")
         with torch.no_grad():
             if "input" in hidden:
-                shadow.quantize(x, "input", is_recorded=False)
+                _measure_with(shadow, x, "input")
             if "weight" in hidden:
-                shadow.quantize(layer.weight, "weight", is_recorded=False)
+                _measure_with(shadow, layer.weight, "weight")
             elif kept is not None:
                 dtype = operand_dtype(twin.fp8_format, "weight")
                 self._keep("weight", measure_library_cast(layer.weight, kept, dtype))
         if "grad" in hidden and y.requires_grad:
-            y.register_hook(lambda grad: _measure_grad(shadow, grad))  # type: ignore[no-untyped-call]
+            y.register_hook(lambda grad: _measure_with(shadow, grad, "grad"))  # type: ignore[no-untyped-call]
 
     def _keep(self, operand: Operand, measured: Tensor) -> None:
         self.measured[operand] = worse_of(self.measured.get(operand), measured)
 
 
-def _measure_grad(shadow: EmulatedBackend, grad: Tensor) -> None:
+def _measure_with(shadow: EmulatedBackend, x: Tensor, operand: Operand) -> None:
     with torch.no_grad():
-        shadow.quantize(grad, "grad", is_recorded=False)
+        shadow.measure(x, operand, shadow.quantize(x, operand, is_recorded=False))
 
 
 class _BoundState(EngineDelayedState):

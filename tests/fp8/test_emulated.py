@@ -179,6 +179,18 @@ def test_evaluation_leaves_amax_history_alone() -> None:
     assert layer._fp8.delayed.amax_history.count_nonzero() == 0
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_weight_that_evaluation_cast_still_tells_its_amax_to_training(mode) -> None:
+    layer = fp8_layer("delayed", in_eval=True).eval()
+    with mode():
+        run(layer, torch.randn(4, 32))
+    x = torch.randn(4, 32)
+    run(layer.train(), x)
+    # Scales of one quantize nothing before: the values are those of the tensors.
+    assert layer._fp8.delayed.amax_history[0, :2].tolist() == [x.abs().max().item(), layer.weight.abs().max().item()]
+    assert layer._fp8.weight_casts == 1
+
+
 # --- The weight that was cast ----------------------------------------------------------------------
 
 

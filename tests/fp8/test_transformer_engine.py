@@ -85,6 +85,11 @@ class Linear(nn.Module):
         assert x.shape[0] > 0
         self.init_fp8_metadata(1)
         self.calls.append(is_first_microbatch)
+        with torch.no_grad():  # its casts note the amax in any mode, the weight's where it is cast
+            entry = self.fp8_meta["scaling_fwd"].amax_history[0]
+            entry[0].copy_(torch.fmax(entry[0], x.abs().max()))
+            if is_first_microbatch is not False:
+                entry[1].copy_(torch.fmax(entry[1], self.weight.abs().max()))
         return nn.functional.linear(x, self.weight, getattr(self, "bias", None))
 
 
@@ -200,6 +205,29 @@ def test_weight_that_evaluation_cast_does_not_serve_training(library) -> None:
     engine.on_optimizer_step()
     run(torch.enable_grad())
     assert kept == [False, True, False, True, False, True]
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+def test_evaluation_leaves_the_librarys_amax_history_to_training(library, mode) -> None:
+    model, engine = model_and_engine({"name": "delayed", "amax_history_len": 4}, fp8_in_eval=True)
+    x = torch.randn(16, 32)
+
+    def entry() -> list[float]:
+        return engine.state_dict()["delayed"]["0"]["amax_history"][0, :2].tolist()
+
+    def evaluate() -> None:
+        model.eval()
+        with mode():
+            forward(model, engine, 100 * x)
+        model.train()
+
+    seen = [x.abs().max().item(), model[0].weight.abs().max().item()]
+    evaluate()
+    assert entry() == [0.0, 0.0]
+    forward(model, engine, x)
+    assert entry() == seen
+    evaluate()
+    assert entry() == seen
 
 
 def test_without_a_cache_the_library_keeps_no_weight(library) -> None:

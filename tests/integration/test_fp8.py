@@ -110,6 +110,21 @@ def test_validation_is_bf16_unless_asked_otherwise(in_eval) -> None:
     assert (fp8.val_losses == bf16.val_losses) is not in_eval
 
 
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("master_weights", ["params", "split"])
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_validation_in_fp8_changes_no_bit_of_training(recipe, master_weights, accumulate) -> None:
+    runs = []
+    for limit in (0, 2):
+        model, precision = Net(lr=0.03), plugin(recipe, master_weights=master_weights, fp8_in_eval=True)
+        # The sanity check comes before the first step; with accumulation validation runs inside steps too.
+        settings = {"max_epochs": 2, "limit_val_batches": limit, "val_check_interval": 1}
+        trainer(precision, accumulate_grad_batches=accumulate, **settings).fit(model, data(), data(16))
+        assert bool(model.val_losses) is bool(limit)
+        runs.append((weights(model), precision.state_dict()["lightning_mp"]["fp8"]["delayed"]))
+    torch.testing.assert_close(runs[0], runs[1], rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("master_weights", ["params", "split"])
 def test_weights_are_cast_once_per_optimizer_step_under_accumulation(master_weights) -> None:
     class Counting(Net):
