@@ -66,9 +66,6 @@ class EmulatedBackend(LayerBackend):
         self.delayed = DelayedState(recipe) if isinstance(recipe, DelayedScaling) else None
         self._cached: _CachedWeight | None = None
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_cached": None, "measured": {}}
-
     def forward(self, layer: nn.Linear, x: Tensor) -> Tensor:
         """Return what the layer makes of ``x`` of shape ``(..., in_features)``."""
         rows = x.reshape(-1, x.shape[-1])

@@ -26,10 +26,6 @@ class StepFlags:
     has_amax: bool = False
     weight_source: Callable[[nn.Parameter], Tensor] | None = None
 
-    def __getstate__(self) -> dict[str, Any]:
-        # Copies and pickles of a layer leave the run, and its masters, behind.
-        return {"collects": False, "has_amax": False, "weight_source": None}
-
 
 @dataclass(frozen=True)
 class LayerSettings:
@@ -91,7 +87,8 @@ class FP8Linear(nn.Linear):
     """An ``nn.Linear`` whose products run in FP8 inside the autocast region.
 
     It is never built: an engine gives this class to existing layers and takes it back. Parameters,
-    hooks, names and the module object stay what they were.
+    hooks, names and the module object stay what they were. Copies and pickles are plain ``nn.Linear``
+    layers: no engine would know of them, update their scales or take them back.
     """
 
     _fp8: LayerBackend
@@ -100,3 +97,7 @@ class FP8Linear(nn.Linear):
         if not self._fp8.is_active(self, input):
             return nn.functional.linear(input, self.weight, self.bias)
         return self._fp8.forward(self, input)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # Not copyreg.__newobj__: pickle checks that it builds the object's own class.
+        return nn.Linear.__new__, (nn.Linear,), {name: v for name, v in self.__dict__.items() if name != "_fp8"}

@@ -254,11 +254,6 @@ class EngineBackend(LayerBackend):
         self._kept_for: tuple[bool, ...] | None = None
         self._watches: list[CastWatch] = []
 
-    def __getstate__(self) -> dict[str, Any]:
-        # The library's module is rebuilt at the next forward; amax history belongs to the run.
-        ended: dict[str, Any] = {"engine": None, "_cast_from": None, "_kept_for": None, "_watches": [], "measured": {}}
-        return {**self.__dict__, **ended}
-
     def forward(self, layer: nn.Linear, x: Tensor) -> Tensor:
         """Return what the layer makes of ``x`` of shape ``(..., in_features)``."""
         engine = self._bind(layer)

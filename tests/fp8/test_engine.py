@@ -120,13 +120,16 @@ def test_plain_and_converted_models_load_each_other_strictly() -> None:
     plain.load_state_dict(fp8.state_dict(), strict=True)
 
 
-def test_whole_model_copies_and_pickles() -> None:
-    model = Model()
+def test_copies_and_pickles_of_a_whole_model_are_plain() -> None:
+    model, plain = Model(), Model()
+    plain.load_state_dict(model.state_dict())
     converted(model, "delayed")
     tokens = torch.arange(8)
-    expected = loss_of(model, tokens)
+    expected = loss_of(plain, tokens)
+    assert not torch.equal(loss_of(model, tokens), expected)
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert torch.equal(loss_of(twin, tokens), expected)
+        assert not any(isinstance(m, FP8Linear) for m in twin.modules())
         assert twin.head.weight is twin.embedding.weight
 
 
@@ -218,6 +221,8 @@ def test_accumulated_micro_batches_give_the_gradient_of_one_batch(recipe) -> Non
     engine = converted(model, recipe)
     train(model, engine, 1)
     whole, parts = copy.deepcopy(model), model
+    twin = converted(whole, recipe)
+    twin.load_state_dict(engine.state_dict())
     x = torch.randn(32, 32)
     loss_of(whole, x).backward()
     for part in x.split(8):

@@ -1,5 +1,6 @@
 """``MixedPrecision("fp8")`` under a real Trainer, through the emulated backend."""
 
+import copy
 import logging
 import math
 import sys
@@ -220,6 +221,30 @@ def test_second_trainer_trains_on_with_the_same_plugin() -> None:
     fit(model, precision)
     assert precision.applied_steps == 5
     assert type(model.body[0]) is nn.Linear
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_copy_taken_during_fit_stays_out_of_fp8_there_and_afterwards(recipe) -> None:
+    class Distilled(Net):
+        def on_train_start(self) -> None:
+            self.target = copy.deepcopy(self.body)
+
+        def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+            plain = nn.Sequential(nn.Linear(WIDTH, 64), nn.GELU(), nn.Linear(64, WIDTH))
+            plain.load_state_dict(self.target.state_dict())
+            self.same.append(torch.equal(self.target(batch[0]), plain(batch[0])))
+            self.rows = {row.fqn: row for row in self.trainer.precision_plugin.manifest()}
+            return super().training_step(batch, batch_idx)
+
+    model = Distilled()
+    model.same = []
+    precision = plugin(recipe, fp8_in_eval=True)
+    fit(model, precision)
+    assert model.same == [True] * 5
+    assert [type(m) for m in model.target] == [nn.Linear, nn.GELU, nn.Linear]
+    row = model.rows["target.0"]
+    assert (row.fp8, row.compute_dtype, model.rows["body.0"].fp8) == (False, torch.bfloat16, True)
+    assert "target.0" not in precision.fp8_engine.weight_casts
 
 
 def test_exception_in_the_middle_leaves_an_ordinary_model() -> None:
