@@ -23,8 +23,9 @@ class FP8Config:
         recipe: How scales are chosen: ``"current"``, ``"delayed"``, ``"block"``, ``"mxfp8"``,
             ``"nvfp4"``, a dict with that ``name`` and the recipe's own fields under Transformer
             Engine's names, or a Transformer Engine recipe object.
-        backend: ``"transformer_engine"``, ``"emulated"`` (the same numbers on any device, slowly), or
-            ``"auto"``: Transformer Engine, or an error that says what is missing.
+        backend: ``"transformer_engine"``, ``"emulated"`` (the same numbers on any device, slowly, but NaN
+            where an operand is infinite, which the library saturates), or ``"auto"``: Transformer Engine,
+            or an error that says what is missing.
         exclude: Classes and dotted-name patterns of modules that stay out; what they contain too.
         include: Classes and dotted-name patterns of modules to convert; ``None`` for all.
         skip_output_head: Whether the Linear that shares an embedding's weight, else the last one in

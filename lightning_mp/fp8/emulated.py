@@ -11,6 +11,9 @@ Results are rounded to the compute dtype, the bias is added before that. Formats
 Transformer Engine 2.12, pytorch/module/linear.py: operands are quantized from the dtype they arrive
 in, blocks lie along the dimension that is summed over, and ``x`` and ``dy`` are quantized once per
 direction from high precision, never from each other's result.
+
+The casts saturate, so that an infinity would come out as an ordinary number and its step be applied.
+Results are therefore NaN wherever the products of the operands themselves would not be finite.
 """
 
 from dataclasses import dataclass
@@ -38,10 +41,19 @@ __all__ = ["EmulatedBackend", "product"]
 
 @dataclass(frozen=True, eq=False)
 class _BothWays:
-    """One operand for the product along its rows and for the one along its columns."""
+    """One operand for the product along its rows and for the one along its columns.
+
+    Args:
+        rowwise: For the product that sums over columns.
+        columnwise: For the product that sums over rows.
+        spoiled_rows: FP32, NaN for each row that holds Inf or NaN before the cast, else -0.0.
+        spoiled_columns: The same for columns.
+    """
 
     rowwise: Quantized
     columnwise: Quantized
+    spoiled_rows: Tensor
+    spoiled_columns: Tensor
 
 
 @dataclass(eq=False)
@@ -76,10 +88,10 @@ class EmulatedBackend(LayerBackend):
         """Quantize one operand; ``is_recorded``: a training pass does, which delayed scaling and statistics note."""
         dtype = operand_dtype(self.recipe.fp8_format, operand)
         if isinstance(self.recipe, BlockScaling):
-            quantized = _quantize_blockwise(x, self.recipe, operand, dtype)
+            both = _quantize_blockwise(x, self.recipe, operand, dtype)
         else:
-            tensorwise = quantize_tensor(x, self._scale(x, operand, dtype), dtype)
-            quantized = _BothWays(tensorwise, tensorwise)
+            both = (quantize_tensor(x, self._scale(x, operand, dtype), dtype),) * 2
+        quantized = _BothWays(*both, *_spoilers(x))
         if is_recorded:
             self._note(x, operand, quantized)
         return quantized
@@ -149,14 +161,14 @@ def _is_same(cached: Tensor, weight: Tensor) -> bool:
     return torch.equal(cached.contiguous().view(bits), weight.detach().contiguous().view(bits))
 
 
-def _quantize_blockwise(x: Tensor, recipe: BlockScaling, operand: Operand, dtype: torch.dtype) -> _BothWays:
+def _quantize_blockwise(
+    x: Tensor, recipe: BlockScaling, operand: Operand, dtype: torch.dtype
+) -> tuple[Quantized, Quantized]:
     settings = recipe.quantization(operand)
     if recipe.block_dim(operand) == 2:
         square = quantize_blocks(x, (BLOCK_SIZE, BLOCK_SIZE), dtype, settings)
-        return _BothWays(square, square)
-    return _BothWays(
-        quantize_blocks(x, (1, BLOCK_SIZE), dtype, settings), quantize_blocks(x, (BLOCK_SIZE, 1), dtype, settings)
-    )
+        return square, square
+    return quantize_blocks(x, (1, BLOCK_SIZE), dtype, settings), quantize_blocks(x, (BLOCK_SIZE, 1), dtype, settings)
 
 
 def product(
@@ -170,6 +182,19 @@ def product(
     return result
 
 
+def _spoilers(x: Tensor) -> list[Tensor]:
+    """Return what to add to a product for the rows of ``x`` and for its columns; no number changes by adding -0.0."""
+    if x.numel() == 0:
+        return [torch.full((size,), -0.0, device=x.device) for size in x.shape]
+    magnitude = x.detach().abs()
+    return [torch.where(torch.isfinite(magnitude.amax(other)), -0.0, torch.nan) for other in (1, 0)]
+
+
+def _spoil(result: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """Return the result of a product with NaN where that of the operands themselves would not be finite."""
+    return result + rows[:, None] + columns
+
+
 class _Products(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -181,10 +206,13 @@ class _Products(torch.autograd.Function):
             q_x = backend.quantize(x, "input", is_recorded=is_recorded)
             q_w = backend.quantize_weight(weight, is_recorded=is_recorded)
             y = product(q_x.rowwise, q_w.rowwise, transpose_second=True)
+            y = _spoil(y, q_x.spoiled_rows, q_w.spoiled_rows)
             if bias is not None:
                 y = y + bias.to(dtype).float()
         saved_x, saved_w = q_x.columnwise, q_w.columnwise
-        ctx.save_for_backward(saved_x.data, saved_x.scale_inv, saved_w.data, saved_w.scale_inv)
+        ctx.save_for_backward(
+            saved_x.data, saved_x.scale_inv, q_x.spoiled_columns, saved_w.data, saved_w.scale_inv, q_w.spoiled_columns
+        )
         ctx.blocks = (saved_x.block, saved_w.block)  # type: ignore[attr-defined]
         ctx.backend, ctx.is_recorded, ctx.x_dtype = backend, is_recorded, x.dtype  # type: ignore[attr-defined]
         return y.to(dtype)
@@ -192,7 +220,7 @@ class _Products(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x_data, x_scale_inv, w_data, w_scale_inv = ctx.saved_tensors
+        x_data, x_scale_inv, spoiled_x, w_data, w_scale_inv, spoiled_w = ctx.saved_tensors
         needs_x, needs_w, needs_bias = ctx.needs_input_grad[:3]
         dtype = ctx.backend.settings.compute_dtype
         dx = dw = None
@@ -200,9 +228,11 @@ class _Products(torch.autograd.Function):
             if needs_x or needs_w:
                 q_grad = ctx.backend.quantize(grad, "grad", is_recorded=ctx.is_recorded)
             if needs_x:
-                dx = product(q_grad.rowwise, Quantized(w_data, w_scale_inv, ctx.blocks[1])).to(dtype).to(ctx.x_dtype)
+                dx = product(q_grad.rowwise, Quantized(w_data, w_scale_inv, ctx.blocks[1]))
+                dx = _spoil(dx, q_grad.spoiled_rows, spoiled_w).to(dtype).to(ctx.x_dtype)
             if needs_w:
                 q_x = Quantized(x_data, x_scale_inv, ctx.blocks[0])
-                dw = product(q_grad.columnwise, q_x, transpose_first=True).to(dtype)
+                dw = product(q_grad.columnwise, q_x, transpose_first=True)
+                dw = _spoil(dw, q_grad.spoiled_columns, spoiled_x).to(dtype)
             dbias = grad.float().sum(0).to(dtype) if needs_bias else None
         return dx, dw, dbias, None, None

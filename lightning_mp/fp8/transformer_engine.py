@@ -8,6 +8,10 @@ Delayed scaling updates its scales once per optimizer step, as the emulated back
 would do it at the end of every outermost ``te.autocast`` and at the first backward in it, which gives
 one entry per micro-batch and other scales to the recompute of activation checkpointing. Holding its
 region depth above zero until teardown leaves the update to ``on_optimizer_step``.
+
+The library's casts turn an infinity in an operand into the format's largest number and pass NaN on. What
+the emulated backend does about it, results that are NaN, would here cost a pass over every operand in
+memory: an infinity that enters a layer is not seen in its results. A NaN is.
 """
 
 import importlib

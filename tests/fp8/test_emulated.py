@@ -190,6 +190,41 @@ def test_weight_that_evaluation_cast_still_tells_its_amax_to_training(mode) -> N
     assert layer._fp8.weight_casts == 1
 
 
+# --- Inf and NaN -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bad", [torch.inf, -torch.inf, torch.nan])
+@pytest.mark.parametrize("operand", ["input", "weight", "grad"])
+@pytest.mark.parametrize(("recipe", "compiles"), [(r, False) for r in RECIPES] + [("current", True), ("block", True)])
+def test_results_are_finite_exactly_where_those_of_a_plain_layer_are(recipe, bad, operand, compiles) -> None:
+    layer, plain = fp8_layer(recipe), nn.Linear(32, 48)
+    plain.load_state_dict(layer.state_dict())
+    x, grad = torch.randn(8, 32), torch.randn(8, 48).bfloat16()
+    found = []
+    torch._dynamo.reset()
+    for each in (torch.compile(layer, fullgraph=True, backend="aot_eager") if compiles else layer, plain):
+        a, g = x.clone(), grad.clone()
+        with torch.no_grad():
+            {"input": a, "weight": each.weight, "grad": g}[operand][3, 5] = bad
+        a.requires_grad_()
+        y = run(each, a, g)
+        found.append([torch.isfinite(t) for t in (y, a.grad, each.weight.grad, each.bias.grad)])
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(*found, strict=True))
+    assert not all(ours.all() for ours in found[0])
+    assert all(ours.any() for ours in found[0])
+
+
+def test_infinity_in_one_row_leaves_the_others_what_they_are() -> None:
+    layer = fp8_layer("block", bias=False)
+    x = torch.randn(8, 32)
+    clean = run(layer, x)
+    x[3, 5] = torch.inf
+    spoiled = run(layer, x)
+    assert torch.isnan(spoiled[3]).all()
+    # Blocks of an input are 1x128: a row has its own scales.
+    assert torch.equal(spoiled[[0, 1, 2, 4, 5, 6, 7]], clean[[0, 1, 2, 4, 5, 6, 7]])
+
+
 # --- The weight that was cast ----------------------------------------------------------------------
 
 

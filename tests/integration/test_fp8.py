@@ -170,6 +170,60 @@ def test_skipped_step_changes_no_weight_and_is_counted() -> None:
     assert all(torch.isfinite(p).all() for p in model.parameters())
 
 
+class Spoiled(Net):
+    """An Inf enters the second FP8 layer at one micro-batch: by its input, its weight, or its output's gradient."""
+
+    def __init__(self, operand: str, at: int, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.operand, self.at, self.states = operand, at, []
+        self.body[0].bias = self.body[2].bias = None  # the gradient of a bias shows an Inf by itself
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        self.states.append(weights(self))
+        is_now, (x, y) = batch_idx == self.at, batch
+        hidden = self.body[1](self.body[0](x))
+        if is_now and self.operand == "input":
+            hidden = hidden.index_fill(1, torch.tensor(7), math.inf)
+        out = self.body[2](hidden)
+        if is_now and self.operand == "grad":
+            out.register_hook(lambda grad: grad.index_fill(1, torch.tensor(7), math.inf))
+        return nn.functional.mse_loss(self.head(out).float(), y)
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        if batch_idx == self.at and self.operand == "weight":
+            self.body[2].weight.data[7, 7] = math.inf
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=self.lr)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("operand", ["input", "weight", "grad"])
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_infinity_that_the_cast_would_saturate_skips_the_step(recipe, operand, accumulate) -> None:
+    model, precision = Spoiled(operand, at=2), plugin(recipe)
+    fit(model, precision, max_steps=4 // accumulate, accumulate_grad_batches=accumulate)
+    # Micro-batch 2 belongs to step 2, or 1 under accumulation; a weight that is Inf stays so.
+    skips = {1: 2 if operand == "weight" else 1, 2: 1}[accumulate]
+    assert (precision.applied_steps, precision.skipped_steps) == (4 // accumulate - skips, skips)
+    # What micro-batch 3 sees is what micro-batch 2 saw.
+    before, after = model.states[2], model.states[3]
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    assert all(torch.isfinite(w).all() for w in weights(model)) is (operand != "weight")
+
+
+@pytest.mark.parametrize(("operand", "phase"), [("weight", "forward"), ("grad", "backward"), ("batch", "batch")])
+def test_monitor_names_where_the_infinity_came_in(operand, phase, tmp_path) -> None:
+    model, monitor = Spoiled(operand, at=1), OverflowMonitor(on_overflow="log", dirpath=tmp_path)
+    loader = data()
+    if operand == "batch":
+        loader.dataset.tensors[0][12, 3] = math.inf
+    fit(model, plugin(), loader=loader, callbacks=[monitor], max_steps=2)
+    assert [(event.step, event.phase, event.fqn) for event in monitor.events] == [
+        (1, phase, "0" if operand == "batch" else "body.2")
+    ]
+
+
 def test_delayed_history_has_one_entry_per_step() -> None:
     precision = plugin({"name": "delayed", "amax_history_len": 8})
     fit(Net(), precision, accumulate_grad_batches=2, max_epochs=1, loader=data(48))
