@@ -48,6 +48,8 @@ class FP8Record:
 class FP8Monitor(Callback):
     """Measure every N steps what the casts to FP8 do, layer by layer and operand by operand.
 
+    A measurement covers the batches of one step: those that are accumulated for it, and in manual
+    optimization all that ``training_step`` does for any optimizer. Validation in between is left out.
     Between measured steps nothing is computed and the device is not read. On Transformer Engine a measured step
     casts a second time, with the emulated recipe, because the library keeps no unquantized operand.
     Layers inside ``torch.compile`` are not measured.
@@ -121,6 +123,16 @@ class FP8Monitor(Callback):
             self._measured_step = step
             self._next_step = (step // self.every_n_steps + 1) * self.every_n_steps
 
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        engine = _engine(trainer)
+        if engine is not None and self._measured_step is not None:
+            engine.stop_statistics()
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        engine = _engine(trainer)
+        if engine is not None and self._measured_step is not None:
+            engine.resume_statistics()
+
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
@@ -128,6 +140,7 @@ class FP8Monitor(Callback):
         if engine is None or step is None or trainer.global_step <= step:
             return
         self._measured_step = None
+        engine.stop_statistics()
         found = _worst_over_ranks(engine.statistics())
         if not found:
             notice_once("FP8Monitor measured nothing: no layer ran in FP8 uncompiled in a measured step.")

@@ -60,8 +60,10 @@ class _BothWays:
 class _CachedWeight:
     source: Tensor
     quantized: _BothWays
-    is_noted: bool
-    """Whether a training pass took note of it; evaluation casts without."""
+    is_recorded: bool
+    """Whether its amax counts for delayed scaling; evaluation casts without."""
+    is_measured: bool
+    """Whether its statistics were kept."""
 
 
 class EmulatedBackend(LayerBackend):
@@ -85,7 +87,7 @@ class EmulatedBackend(LayerBackend):
         return y.reshape(*x.shape[:-1], layer.out_features)  # type: ignore[no-any-return]
 
     def quantize(self, x: Tensor, operand: Operand, *, is_recorded: bool) -> _BothWays:
-        """Quantize one operand; ``is_recorded``: a training pass does, which delayed scaling and statistics note."""
+        """Quantize one operand; ``is_recorded``: its amax counts for delayed scaling."""
         dtype = operand_dtype(self.recipe.fp8_format, operand)
         if isinstance(self.recipe, BlockScaling):
             both = _quantize_blockwise(x, self.recipe, operand, dtype)
@@ -93,7 +95,9 @@ class EmulatedBackend(LayerBackend):
             both = (quantize_tensor(x, self._scale(x, operand, dtype), dtype),) * 2
         quantized = _BothWays(*both, *_spoilers(x))
         if is_recorded:
-            self._note(x, operand, quantized)
+            self._record(x, operand)
+        if self._is_measured():
+            self._measure(x, operand, quantized)
         return quantized
 
     def _scale(self, x: Tensor, operand: Operand, dtype: torch.dtype) -> Tensor:
@@ -103,15 +107,15 @@ class EmulatedBackend(LayerBackend):
             raise TypeError(f"no scale rule for {self.recipe!r}")
         return self.delayed.scale_of(operand, x.device)
 
-    def _note(self, x: Tensor, operand: Operand, quantized: _BothWays) -> None:
+    def _record(self, x: Tensor, operand: Operand) -> None:
         if self.delayed is not None:
             self.delayed.record(operand, amax_of(x))
             self.settings.step.has_amax = True
-        if not torch.compiler.is_compiling() and self.settings.step.collects:
-            self.measure(x, operand, quantized)
 
-    def measure(self, x: Tensor, operand: Operand, quantized: _BothWays) -> None:
-        """Keep what the cast did to an operand, if it is the worst of this step."""
+    def _is_measured(self) -> bool:
+        return not torch.compiler.is_compiling() and self.settings.step.collects
+
+    def _measure(self, x: Tensor, operand: Operand, quantized: _BothWays) -> None:
         self.measured[operand] = worse_of(self.measured.get(operand), measure_cast(x, quantized.rowwise))
 
     def quantize_weight(self, weight: Tensor, *, is_recorded: bool) -> _BothWays:
@@ -128,10 +132,13 @@ class EmulatedBackend(LayerBackend):
             if self._cached is None or not _is_same(self._cached.source, weight):
                 self._count_cast()
                 quantized = self.quantize(self._values_of(weight), "weight", is_recorded=is_recorded)
-                self._cached = _CachedWeight(weight.detach().clone(), quantized, is_recorded)
-            elif is_recorded and not self._cached.is_noted:
-                self._note(self._values_of(weight), "weight", self._cached.quantized)
-                self._cached.is_noted = True
+                self._cached = _CachedWeight(weight.detach().clone(), quantized, is_recorded, self._is_measured())
+            elif is_recorded and not self._cached.is_recorded:
+                self._record(self._values_of(weight), "weight")
+                self._cached.is_recorded = True
+            if self._is_measured() and not self._cached.is_measured:
+                self._measure(self._values_of(weight), "weight", self._cached.quantized)
+                self._cached.is_measured = True
         return self._cached.quantized
 
     def _values_of(self, weight: Tensor) -> Tensor:

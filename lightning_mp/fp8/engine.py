@@ -113,6 +113,7 @@ class FP8Engine:
             layer.__class__ = nn.Linear
             layer.__dict__.pop("_fp8", None)
         self._layers = {}
+        self._step.collects = False
         if self._session is not None:
             self._session.close()
             self._session = None
@@ -176,7 +177,6 @@ class FP8Engine:
         for _, layer in self._converted():
             layer._fp8.end_step(has_amax=self._step.has_amax)
         self._step.has_amax = False
-        self._step.collects = False
 
     def invalidate_weights(self) -> None:
         """Forget all cast weights, so that the next forward casts them anew."""
@@ -216,14 +216,24 @@ class FP8Engine:
     # --- Statistics and demotion -----------------------------------------------------------------
 
     def collect_statistics(self) -> None:
-        """Measure every cast from now until ``on_optimizer_step``; weights are cast anew for it."""
+        """Measure every cast from now until ``stop_statistics``; weights are cast anew for it."""
         for _, layer in self._converted():
             layer._fp8.measured.clear()
         self._step.collects = True
         self.invalidate_weights()
 
+    def stop_statistics(self) -> None:
+        """Measure no more casts, and keep what was measured."""
+        self._step.collects = False
+        for _, layer in self._converted():
+            layer._fp8.stop_measuring()
+
+    def resume_statistics(self) -> None:
+        """Measure casts again after ``stop_statistics``, beside what was measured."""
+        self._step.collects = True
+
     def statistics(self) -> list[OperandStatistics]:
-        """Return what was measured last, by layer and operand; the worst call of the step.
+        """Return what was measured last, by layer and operand; the worst of all calls.
 
         Reading waits for the device.
         """

@@ -82,6 +82,9 @@ class LayerBackend:
         """Prepare for the step after an optimizer step; ``has_amax``: some layer recorded an amax."""
         raise NotImplementedError
 
+    def stop_measuring(self) -> None:
+        """Take back what watches casts, if anything does."""
+
 
 class FP8Linear(nn.Linear):
     """An ``nn.Linear`` whose products run in FP8 inside the autocast region.

@@ -337,6 +337,9 @@ class EngineBackend(LayerBackend):
 
     def end_step(self, *, has_amax: bool) -> None:
         self._cast_from = None
+        self.stop_measuring()
+
+    def stop_measuring(self) -> None:
         while self._watches:
             self._watches.pop().stop()
 
@@ -360,22 +363,22 @@ class EngineBackend(LayerBackend):
         kept = getattr(engine, "_fp8_workspaces", {}).get("weight")
         with torch.no_grad():
             if "input" in hidden:
-                _measure_with(shadow, x, "input")
+                shadow.quantize(x, "input", is_recorded=False)
             if "weight" in hidden:
-                _measure_with(shadow, layer.weight, "weight")
+                shadow.quantize(layer.weight, "weight", is_recorded=False)
             elif kept is not None:
                 dtype = operand_dtype(twin.fp8_format, "weight")
                 self._keep("weight", measure_library_cast(layer.weight, kept, dtype))
         if "grad" in hidden and y.requires_grad:
-            y.register_hook(lambda grad: _measure_with(shadow, grad, "grad"))  # type: ignore[no-untyped-call]
+            y.register_hook(lambda grad: _measure_grad(shadow, grad))  # type: ignore[no-untyped-call]
 
     def _keep(self, operand: Operand, measured: Tensor) -> None:
         self.measured[operand] = worse_of(self.measured.get(operand), measured)
 
 
-def _measure_with(shadow: EmulatedBackend, x: Tensor, operand: Operand) -> None:
+def _measure_grad(shadow: EmulatedBackend, grad: Tensor) -> None:
     with torch.no_grad():
-        shadow.measure(x, operand, shadow.quantize(x, operand, is_recorded=False))
+        shadow.quantize(grad, "grad", is_recorded=False)
 
 
 class _BoundState(EngineDelayedState):

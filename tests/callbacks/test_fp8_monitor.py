@@ -45,8 +45,12 @@ def loader(num: int = 24) -> DataLoader[Any]:
     return DataLoader(TensorDataset(torch.randn(num, 16, generator=torch.Generator().manual_seed(1))), batch_size=4)
 
 
+def emulated(**settings: Any) -> MixedPrecision:
+    return MixedPrecision("fp8", fp8={"backend": "emulated", **settings})
+
+
 def fit(model: LightningModule, monitor: FP8Monitor, *, data: Any = None, **settings: Any) -> Any:
-    plugin = settings.pop("plugin", None) or MixedPrecision("fp8", fp8={"backend": "emulated"})
+    plugin = settings.pop("plugin", None) or emulated()
     run = trainer(plugin, callbacks=[monitor], **settings)
     run.fit(model, loader() if data is None else data)
     return run
@@ -64,7 +68,7 @@ def test_measured_steps_are_those_asked_for_and_no_other_is_touched(tmp_path) ->
 def test_watching_changes_no_bit_of_the_run() -> None:
     watched, alone = Net(), Net()
     fit(watched, FP8Monitor(every_n_steps=1, plot=False))
-    trainer(MixedPrecision("fp8", fp8={"backend": "emulated"})).fit(alone, loader())
+    trainer(emulated()).fit(alone, loader())
     assert all(torch.equal(a, b) for a, b in zip(weights(watched), weights(alone), strict=True))
 
 
@@ -73,6 +77,83 @@ def test_accumulated_micro_batches_make_one_measurement() -> None:
     fit(model, monitor, accumulate_grad_batches=2)
     assert model.collecting == [True, True, False, False, True, True]
     assert sorted({record.step for record in monitor.history}) == [0, 2]
+
+
+class Adversarial(LightningModule):
+    """A generator and a discriminator, each with a layer that no loss reaches in the other's update."""
+
+    def __init__(self, *, is_gan: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.automatic_optimization = False
+        self.is_gan = is_gan
+        self.g = nn.Sequential(nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 16))
+        self.d = nn.Sequential(nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 1))
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        x = batch[0]
+        for optimizer in reversed(self.optimizers()):
+            is_d = optimizer is self.optimizers()[1]
+            fake = self.g(x) if self.is_gan or not is_d else x
+            fooled = self.d(fake.detach() if is_d else fake) if self.is_gan or is_d else fake
+            optimizer.zero_grad()
+            self.manual_backward(fooled.float().square().mean())
+            optimizer.step()
+
+    def configure_optimizers(self) -> Any:
+        return [torch.optim.SGD(part.parameters(), lr=0.01) for part in (self.g, self.d)]
+
+
+@pytest.mark.parametrize("is_gan", [False, True])
+@pytest.mark.parametrize("recipe", ["current", "delayed"])
+def test_every_layer_and_operand_is_measured_in_a_step_of_two_optimizers(is_gan, recipe) -> None:
+    monitor = FP8Monitor(every_n_steps=4, plot=False)
+    fit(Adversarial(is_gan=is_gan), monitor, plugin=emulated(recipe=recipe))
+    # Six batches are twelve attempts: the batches that begin with attempts 0, 4 and 8 are measured.
+    assert [(record.step, record.fqn, record.operand) for record in monitor.history] == [
+        (step, fqn, operand)
+        for step in (0, 4, 8)
+        for fqn in ("g.0", "g.2", "d.0")
+        for operand in ("input", "weight", "grad")
+    ]
+
+
+class WideValidation(Net):
+    """Its validation has inputs, and weights of its own, that flush nearly everything to zero."""
+
+    def __init__(self, *, swaps_weights: bool) -> None:
+        super().__init__()
+        self.swaps_weights = swaps_weights
+
+    def _swap(self) -> None:
+        for layer in (self.first, self.second) if self.swaps_weights else ():
+            layer.weight.data, self.kept[layer] = self.kept.get(layer, 2.0**20 * torch.eye(16)), layer.weight.data
+
+    def on_validation_start(self) -> None:
+        self.kept = {}
+        self._swap()
+
+    def on_validation_end(self) -> None:
+        self._swap()
+
+    def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        self.second(self.first(batch[0] * torch.where(torch.arange(16) == 0, 2.0**30, 1.0)))
+
+
+@pytest.mark.parametrize("recipe", ["current", "delayed", "block"])
+@pytest.mark.parametrize("swaps_weights", [False, True])
+def test_validation_inside_a_measured_step_is_left_out(recipe, swaps_weights) -> None:
+    histories = []
+    for limit in (0, 1):
+        monitor = FP8Monitor(every_n_steps=1, demote=True, patience=2, plot=False)
+        run = trainer(
+            emulated(recipe=recipe, fp8_in_eval=True), callbacks=[monitor], accumulate_grad_batches=2,
+            val_check_interval=1, limit_val_batches=limit,
+        )  # fmt: skip
+        run.fit(WideValidation(swaps_weights=swaps_weights), loader(), loader())
+        histories.append(monitor.history)
+    assert {record.operand for record in histories[0]} == {"input", "weight", "grad"}
+    assert histories[0] == histories[1]
 
 
 def test_values_are_those_of_the_tensors() -> None:

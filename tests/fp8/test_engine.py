@@ -367,13 +367,14 @@ def test_demoted_layer_runs_in_bf16_and_the_state_remembers() -> None:
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_statistics_are_collected_for_one_step_on_request(recipe) -> None:
+def test_statistics_are_collected_between_start_and_stop(recipe) -> None:
     model = body()
     engine = converted(model, recipe)
     train(model, engine, 2)
     assert engine.statistics() == []
     engine.collect_statistics()
     train(model, engine, 1, micro_batches=2)
+    engine.stop_statistics()
     found = engine.statistics()
     assert [(row.fqn, row.operand) for row in found] == [
         (fqn, operand) for fqn in ("0", "2") for operand in ("input", "weight", "grad")

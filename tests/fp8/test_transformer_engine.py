@@ -366,6 +366,21 @@ def test_statistics_are_measured_beside_the_library(library) -> None:
     assert found == [(fqn, operand) for fqn in ("0", "2") for operand in ("input", "weight", "grad")]
 
 
+def test_statistics_leave_out_what_runs_while_they_are_stopped(library) -> None:
+    model, engine = model_and_engine()
+    x = torch.randn(16, 32)
+    engine.collect_statistics()
+    forward(model, engine, x).backward()
+    engine.stop_statistics()
+    before = engine.statistics()
+    forward(model, engine, 1000 * x).backward()
+    assert engine.statistics() == before
+    engine.resume_statistics()
+    forward(model, engine, 1000 * x)
+    first = next(row for row in engine.statistics() if (row.fqn, row.operand) == ("0", "input"))
+    assert first.amax == (1000 * x).abs().max().item()
+
+
 def test_recipe_objects_get_the_users_fields(library) -> None:
     delayed = build_recipe(parse_recipe({"name": "delayed", "margin": 2, "fp8_format": "E4M3"}))
     assert (type(delayed).__name__, delayed.margin, delayed.fp8_format) == ("DelayedScaling", 2, Format.E4M3)
