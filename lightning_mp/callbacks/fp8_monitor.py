@@ -113,6 +113,8 @@ class FP8Monitor(Callback):
         logged = [FP8Record(**event) for event in self.event_log.read()]
         kept = [record for record in self.history if record.step < trainer.global_step]
         self.history = logged if len(logged) > len(kept) else kept
+        if trainer.global_step == 0:
+            self._unhealthy = {}
         self._measured_step = None
         self._next_step = -(-trainer.global_step // self.every_n_steps) * self.every_n_steps
 

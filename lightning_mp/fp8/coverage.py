@@ -10,11 +10,12 @@ from lightning_mp.fp8.config import FP8Config
 from lightning_mp.fp8.layer import FP8Linear
 from lightning_mp.selection import named_inner_modules, select_modules
 
-__all__ = ["Coverage", "LayerRow", "brings_transformer_engine", "plan_layers"]
+__all__ = ["ALIGNMENT", "CONVERTED", "Coverage", "LayerRow", "brings_transformer_engine", "plan_layers"]
 
 # Transformer Engine's FP8 products need both dimensions of every operand to be multiples of 16
 # (pytorch/utils.py, assert_dim_for_fp8_exec; backward turns rows into the dimension summed over).
 ALIGNMENT = 16
+CONVERTED = "FP8"
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -102,7 +103,7 @@ def plan_layers(
             or ("not in include" if included is not None and layer not in included else "")
             or heads.get(layer, "")
         )
-        row = LayerRow(fqn, not reason, reason or "FP8", layer.in_features, layer.out_features)
+        row = LayerRow(fqn, not reason, reason or CONVERTED, layer.in_features, layer.out_features)
         planned.append((row, layer))
     return planned
 

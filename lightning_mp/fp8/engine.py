@@ -1,5 +1,6 @@
 """``FP8Engine``: gives layers of a model FP8 products, and takes them back."""
 
+import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from lightning_mp.errors import SettingValueError, UnsupportedError
 from lightning_mp.fp8 import transformer_engine
 from lightning_mp.fp8.config import FP8Config
-from lightning_mp.fp8.coverage import Coverage, LayerRow, brings_transformer_engine, plan_layers
+from lightning_mp.fp8.coverage import CONVERTED, Coverage, LayerRow, brings_transformer_engine, plan_layers
 from lightning_mp.fp8.delayed import OPERANDS, DelayedState
 from lightning_mp.fp8.emulated import EmulatedBackend
 from lightning_mp.fp8.layer import FP8Linear, LayerBackend, LayerSettings, StepFlags
@@ -57,13 +58,26 @@ class FP8Engine:
         self._layers: dict[str, nn.Linear] = {}
         self._session: transformer_engine.EngineSession | None = None
         self._state: dict[str, Any] = {}
+        self._is_loaded = False
+        self._model: weakref.ref[nn.Module] | None = None
+        # What each model that was converted goes on with, if it is converted again.
+        self._states: weakref.WeakKeyDictionary[nn.Module, dict[str, Any]] = weakref.WeakKeyDictionary()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Weak references cannot be pickled, and the models of another process are others.
+        return {**self.__dict__, "_model": None, "_states": {}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _states=weakref.WeakKeyDictionary())
 
     # --- Conversion ------------------------------------------------------------------------------
 
     def convert_(self, module: nn.Module, *, keep: Collection[nn.Module] = ()) -> tuple[LayerRow, ...]:
         """Give the eligible layers of ``module`` FP8 products, in place.
 
-        Layers keep their identity, parameters, hooks and names; only their class changes.
+        Layers keep their identity, parameters, hooks and names; only their class changes. Amax history
+        and demotions are those of a state loaded before, else those that the same object had when it was
+        reverted.
 
         Args:
             module: The model.
@@ -91,6 +105,9 @@ class FP8Engine:
                 layer.__dict__["_fp8"] = self._new_backend()
                 layer.__class__ = FP8Linear
                 self._layers[row.fqn] = layer
+        if not self._is_loaded:
+            self._state = self._states.get(module, {})
+        self._is_loaded, self._model = False, weakref.ref(module)
         self._apply_state()
         return self.rows
 
@@ -107,8 +124,11 @@ class FP8Engine:
         self._step.weight_source = source
 
     def revert_(self) -> None:
-        """Give all layers their class back. What must survive, such as amax history, is kept for the next model."""
+        """Give all layers their class back. What must survive, such as amax history, is kept for the same model."""
         self._state = self.state_dict()
+        model = None if self._model is None else self._model()
+        if model is not None and self._layers:
+            self._states[model] = self._state
         for layer in self._layers.values():
             layer.__class__ = nn.Linear
             layer.__dict__.pop("_fp8", None)
@@ -255,8 +275,16 @@ class FP8Engine:
             raise SettingValueError(f"fqn={fqn!r} is no layer in FP8. Layers in FP8: {', '.join(self._layers)}.")
         layer._fp8.demoted = reason
         layer._fp8.invalidate_weight()
+        self._describe(fqn, converted=False, reason=f"demoted: {reason}")
+
+    def _promote(self, fqn: str) -> None:
+        """Take a demotion back, which the state that is being loaded knows nothing of."""
+        self._layers[fqn]._fp8.demoted = ""  # type: ignore[union-attr]
+        self._describe(fqn, converted=True, reason=CONVERTED)
+
+    def _describe(self, fqn: str, *, converted: bool, reason: str) -> None:
         self.rows = tuple(
-            replace(row, converted=False, reason=f"demoted: {reason}") if row.fqn == fqn else row for row in self.rows
+            replace(row, converted=converted, reason=reason) if row.fqn == fqn else row for row in self.rows
         )
 
     # --- State -----------------------------------------------------------------------------------
@@ -278,14 +306,15 @@ class FP8Engine:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> list[str]:
-        """Continue from a saved state, now or at the next ``convert_``.
+        """Continue from a saved state, now or at the next ``convert_``; an empty one changes nothing.
 
         Returns:
             One phrase per thing that differs between what was saved and what runs now.
         """
-        self._state = dict(state)
-        changes = self._differences(state) if state else []
-        return changes + self._apply_state()
+        if not state:
+            return []
+        self._state, self._is_loaded = dict(state), not self._layers
+        return self._differences(state) + self._apply_state()
 
     def _differences(self, state: Mapping[str, Any]) -> list[str]:
         changes = []
@@ -300,12 +329,19 @@ class FP8Engine:
     def _apply_state(self) -> list[str]:
         if not self._layers or not self._state:
             return []
-        for fqn, reason in self._state.get("demoted", {}).items():
-            if fqn in self._layers:
-                self.demote(fqn, reason)
+        demoted = self._state.get("demoted", {})
+        for fqn in self.demoted.keys() - demoted.keys():
+            self._promote(fqn)
+        for fqn in demoted.keys() & self._layers.keys():
+            self.demote(fqn, demoted[fqn])
         saved = self._state.get("delayed", {})
         states = self._delayed_states()
-        restarted = [fqn for fqn, each in states.items() if fqn in saved and not each.load_state_dict(saved[fqn])]
+        restarted = []
+        for fqn, each in states.items():
+            if fqn in saved and each.load_state_dict(saved[fqn]):
+                continue
+            each.load_state_dict(DelayedState(emulated_twin(self.recipe)).state_dict())  # type: ignore[arg-type]
+            restarted += [fqn] if fqn in saved else []
         self._step.has_amax = bool(states)
         self.invalidate_weights()
         return [f"the amax history of {len(restarted)} layers starts anew: its length changed"] if restarted else []

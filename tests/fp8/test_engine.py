@@ -330,6 +330,66 @@ def test_history_survives_a_teardown() -> None:
     assert torch.equal(engine.state_dict()["delayed"]["0"]["scale"], scale)
 
 
+def test_another_model_starts_anew_and_the_first_one_goes_on_where_it_was() -> None:
+    first, second, straight = body(), body(), body()
+    reused, alone = (FP8Engine(FP8Config(recipe="delayed", backend="emulated")) for _ in range(2))
+    reused.convert_(first)
+    train(first, reused, 2)
+    reused.demote("2", "saturated")
+    reused.revert_()
+    for engine, model in ((reused, second), (alone, straight)):
+        engine.convert_(model)
+        assert (engine.demoted, engine.coverage.num_converted) == ({}, 2)
+        train(model, engine, 2, seed=1)
+    assert all(torch.equal(a, b) for a, b in zip(second.parameters(), straight.parameters(), strict=True))
+    torch.testing.assert_close(reused.state_dict()["delayed"], alone.state_dict()["delayed"], rtol=0, atol=0)
+    reused.revert_()
+    reused.convert_(first)
+    assert reused.demoted == {"2": "saturated"}
+
+
+def test_two_conversions_of_a_model_are_one_run() -> None:
+    once, twice = body(), body()
+    engine = converted(once, "delayed")
+    train(once, engine, 2)
+    train(once, engine, 2, seed=1)
+    engine = converted(twice, "delayed")
+    train(twice, engine, 2)
+    engine.revert_()
+    engine.convert_(twice)
+    train(twice, engine, 2, seed=1)
+    assert all(torch.equal(a, b) for a, b in zip(once.parameters(), twice.parameters(), strict=True))
+
+
+def test_loaded_state_wins_over_what_the_model_had() -> None:
+    model = body()
+    engine = converted(model, {"name": "delayed", "amax_history_len": 4})
+    blank = copy.deepcopy(engine.state_dict())
+    train(model, engine, 2)
+    engine.demote("2", "saturated")
+    trained = copy.deepcopy(engine.state_dict())
+    assert engine.load_state_dict(blank) == []
+    torch.testing.assert_close(engine.state_dict()["delayed"], blank["delayed"], rtol=0, atol=0)
+    assert (engine.demoted, engine.rows[1].reason, engine.coverage.num_converted) == ({}, "FP8", 2)
+    engine.revert_()
+    engine.load_state_dict(trained)
+    engine.convert_(body())
+    assert engine.demoted == {"2": "saturated"}
+    torch.testing.assert_close(engine.state_dict()["delayed"], trained["delayed"], rtol=0, atol=0)
+    engine.load_state_dict(converted(body(), "current").state_dict())
+    torch.testing.assert_close(engine.state_dict()["delayed"], blank["delayed"], rtol=0, atol=0)
+
+
+def test_engine_that_ran_can_be_pickled() -> None:
+    model = body()
+    engine = converted(model, "delayed")
+    train(model, engine, 1)
+    engine.revert_()
+    twin = pickle.loads(pickle.dumps(engine))
+    torch.testing.assert_close(twin.state_dict()["delayed"], engine.state_dict()["delayed"], rtol=0, atol=0)
+    assert twin.convert_(body())[0].converted
+
+
 def test_another_recipe_on_resume_is_said_once_and_starts_anew() -> None:
     saved = converted(body(), "delayed").state_dict()
     assert converted(body(), "current").load_state_dict(saved) == ["the FP8 recipe was 'delayed' and is 'current'"]

@@ -12,7 +12,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_mp import FP8UnavailableError, FP32Pin, MixedPrecision, OverflowMonitor, UnsupportedError
+from lightning_mp import FP8Monitor, FP8UnavailableError, FP32Pin, MixedPrecision, OverflowMonitor, UnsupportedError
 from lightning_mp.errors import SettingValueError
 from lightning_mp.fp8 import FP8Config, FP8Linear
 from tests.models import trainer, weights
@@ -299,6 +299,21 @@ def test_copy_taken_during_fit_stays_out_of_fp8_there_and_afterwards(recipe) -> 
     row = model.rows["target.0"]
     assert (row.fp8, row.compute_dtype, model.rows["body.0"].fp8) == (False, torch.bfloat16, True)
     assert "target.0" not in precision.fp8_engine.weight_casts
+
+
+def test_another_model_under_the_same_plugin_trains_as_under_a_new_one() -> None:
+    results = []
+    for precision in (plugin("delayed"), plugin("delayed")):
+        if not results:
+            monitor = FP8Monitor(every_n_steps=1, demote=True, max_flushed=0.0, patience=1, plot=False)
+            fit(Net(lr=0.1), precision, callbacks=[monitor])
+            assert precision.fp8_engine.state_dict()["demoted"]
+        model = Net()
+        fit(model, precision)
+        state = precision.state_dict()["lightning_mp"]["fp8"]
+        assert state["demoted"] == {}
+        results.append((weights(model), state["delayed"]))
+    torch.testing.assert_close(results[0], results[1], rtol=0, atol=0)
 
 
 def test_exception_in_the_middle_leaves_an_ordinary_model() -> None:
