@@ -16,7 +16,7 @@ from lightning_mp.fp8.config import FP8Config
 from lightning_mp.fp8.coverage import CONVERTED, Coverage, LayerRow, brings_transformer_engine, plan_layers
 from lightning_mp.fp8.delayed import OPERANDS, DelayedState
 from lightning_mp.fp8.emulated import EmulatedBackend
-from lightning_mp.fp8.layer import FP8Linear, LayerBackend, LayerSettings, StepFlags
+from lightning_mp.fp8.layer import FP8Linear, LayerBackend, LayerSettings, StepFlags, without_fp8
 from lightning_mp.fp8.recipes import (
     DelayedScaling,
     FP8Recipe,
@@ -130,7 +130,7 @@ class FP8Engine:
         if model is not None and self._layers:
             self._states[model] = self._state
         for layer in self._layers.values():
-            layer.__class__ = nn.Linear
+            layer.__class__ = without_fp8(type(layer))  # type: ignore[assignment]
             layer.__dict__.pop("_fp8", None)
         self._layers = {}
         self._step.collects = False

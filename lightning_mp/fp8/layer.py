@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lightning_mp.fp8.recipes import Operand
 
-__all__ = ["FP8Linear", "LayerBackend", "LayerSettings", "StepFlags"]
+__all__ = ["FP8Linear", "LayerBackend", "LayerSettings", "StepFlags", "without_fp8"]
 
 
 @dataclass
@@ -60,6 +60,9 @@ class LayerBackend:
         self.measured: dict[Operand, Tensor] = {}
         self.weight_casts = 0
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> None:
+        """Stay behind: a copy of a layer is in no engine's hands."""
+
     def is_active(self, layer: nn.Linear, x: Tensor) -> bool:
         """Tell whether this call runs in FP8.
 
@@ -86,6 +89,23 @@ class LayerBackend:
         """Take back what watches casts, if anything does."""
 
 
+def without_fp8(cls: type[nn.Module]) -> type[nn.Module]:
+    """Return the class of a converted layer after the run.
+
+    Others may have derived a class from ours meanwhile, as a parametrization and ``fully_shard`` do. The
+    result is then derived from ``nn.Linear`` in the same way, and their class stays as it is: it may be shared.
+    """
+    if cls is FP8Linear:
+        return nn.Linear
+    if not issubclass(cls, FP8Linear):
+        return cls
+    make_class: Any = type(cls)
+    namespace = {name: value for name, value in vars(cls).items() if name not in ("__dict__", "__weakref__")}
+    bases = tuple(without_fp8(base) for base in cls.__bases__)
+    plain: type[nn.Module] = make_class(cls.__name__.replace(FP8Linear.__name__, nn.Linear.__name__), bases, namespace)
+    return plain
+
+
 class FP8Linear(nn.Linear):
     """An ``nn.Linear`` whose products run in FP8 inside the autocast region.
 
@@ -94,13 +114,16 @@ class FP8Linear(nn.Linear):
     layers: no engine would know of them, update their scales or take them back.
     """
 
-    _fp8: LayerBackend
+    # None where a class that was derived from this one outlives the run, or on a copy of such a layer.
+    _fp8: LayerBackend = None  # type: ignore[assignment]
 
     def forward(self, input: Tensor) -> Tensor:
-        if not self._fp8.is_active(self, input):
+        if self._fp8 is None or not self._fp8.is_active(self, input):
             return nn.functional.linear(input, self.weight, self.bias)
         return self._fp8.forward(self, input)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
+        if type(self) is not FP8Linear:
+            return super().__reduce_ex__(protocol)
         # Not copyreg.__newobj__: pickle checks that it builds the object's own class.
         return nn.Linear.__new__, (nn.Linear,), {name: v for name, v in self.__dict__.items() if name != "_fp8"}

@@ -294,7 +294,17 @@ class EngineBackend(LayerBackend):
         self._cast_from = None
 
     def _bind(self, layer: nn.Linear) -> Any:
-        """Return the library's module, on the parameters that the layer has now."""
+        """Return the library's module, on the parameters that the layer has now.
+
+        Raises:
+            UnsupportedError: If the weight became the result of a parametrization.
+        """
+        if layer._parameters.get("weight") is None:
+            raise UnsupportedError(
+                "backend='transformer_engine' casts weights that are parameters, and since conversion the weight of "
+                f"Linear({layer.extra_repr()}) has become the result of a parametrization or a hook. Register it "
+                "before fit, where such a layer stays in 16 bits, or exclude the layer in FP8Config(exclude=...)."
+            )
         if self.engine is None:
             self.engine = _build_engine(layer)
         engine = self.engine

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations, parametrize
 
 from lightning_mp.errors import FP8UnavailableError, SettingValueError, UnsupportedError
 from lightning_mp.fp8 import FP8Config, FP8Engine, FP8Linear
@@ -100,6 +101,77 @@ def test_reverting_leaves_no_trace() -> None:
     engine.revert_()
     assert {name: (type(m), set(m.__dict__)) for name, m in model.named_modules()} == before
     assert [row.fqn for row in converted(model).rows if row.converted] == ["first", "second"]
+
+
+def doubled(layer: nn.Module) -> None:
+    parametrize.register_parametrization(layer, "weight", Doubling())
+
+
+class Doubling(nn.Module):
+    def forward(self, weight: Tensor) -> Tensor:
+        return 2 * weight
+
+
+@pytest.mark.parametrize("register", [doubled, parametrizations.weight_norm, parametrizations.spectral_norm])
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_parametrization_registered_meanwhile_outlives_the_run(register, recipe) -> None:
+    model, plain, twin = body(), body(), body()
+    plain.load_state_dict(model.state_dict())
+    engine = converted(model, recipe)
+    x = torch.randn(8, 32)
+    for each in (model, plain, twin):
+        torch.manual_seed(0)  # spectral_norm starts from random vectors
+        register(each[0])
+    loss_of(model, x).backward()
+    assert engine.weight_casts["0"] == 1
+    copied = copy.deepcopy(model)
+    engine.revert_()
+    assert type(model[0]).__name__ == "ParametrizedLinear"
+    assert type(model[0]).__bases__ == (nn.Linear,)
+    assert not any(isinstance(m, FP8Linear) for m in model.modules())
+    plain.load_state_dict(model.state_dict())
+    model.eval()
+    assert torch.equal(loss_of(model, x), loss_of(plain.eval(), x))
+    assert torch.equal(loss_of(copied.eval(), x), loss_of(plain, x))
+    assert torch.equal(loss_of(copy.deepcopy(model), x), loss_of(plain, x))
+    row = next(row for row in converted(model).rows if row.fqn == "0")
+    assert (row.converted, row.reason.split(",")[0]) == (False, "a ParametrizedLinear")
+    parametrize.remove_parametrizations(model[0], "weight")
+    assert type(model[0]) is nn.Linear
+
+
+def test_class_that_others_derived_meanwhile_and_share_stays_as_it_is() -> None:
+    model = body()
+    engine = converted(model)
+    # What fully_shard does; torch keeps such a class for all modules of the class that it is derived from.
+    shared = type("FSDPFP8Linear", (Mixin, FP8Linear), {})
+    for layer in (model[0], model[2]):
+        layer.__class__ = shared
+    loss_of(model, torch.randn(4, 32)).backward()
+    assert engine.weight_casts == {"0": 1, "2": 1}
+    engine.revert_()
+    assert shared.__bases__ == (Mixin, FP8Linear)
+    assert [type(m).__mro__[1:3] for m in (model[0], model[2])] == [(Mixin, nn.Linear)] * 2
+    assert type(model[0]).__name__ == "FSDPLinear"
+    assert model[0].added() == "added"
+
+
+def test_foreign_class_given_meanwhile_stays() -> None:
+    model = body()
+    engine = converted(model)
+    model[0].__class__ = Foreign
+    engine.revert_()
+    assert [type(m) for m in (model[0], model[2])] == [Foreign, nn.Linear]
+    assert "_fp8" not in vars(model[0])
+
+
+class Mixin:
+    def added(self) -> str:
+        return "added"
+
+
+class Foreign(nn.Linear):
+    pass
 
 
 def test_reverting_twice_and_converting_twice() -> None:

@@ -153,6 +153,15 @@ def test_layer_computes_on_its_own_parameters_outside_the_module_tree(library) -
         assert model[0](torch.randn(16, 32)).count_nonzero() == 0
 
 
+def test_weight_that_became_a_parametrization_is_refused(library) -> None:
+    model, engine = model_and_engine()
+    nn.utils.parametrizations.weight_norm(model[0])
+    with pytest.raises(UnsupportedError, match=r"in_features=32, out_features=64.*Register it before fit"):
+        forward(model, engine, torch.randn(16, 32))
+    engine.revert_()
+    model[0](torch.randn(16, 32))
+
+
 @pytest.mark.parametrize("shape", [(32,), (7, 32), (16, 32), (3, 5, 32), (0, 32), (2, 0, 32)])
 def test_rows_are_padded_and_cut_off_again(library, shape) -> None:
     model, engine = model_and_engine()
