@@ -104,6 +104,7 @@ def ours(mode: str) -> Callable[[str, float, bool], Callable[[], None]]:
         optimizer = torch.optim.AdamW(module.parameters(), lr=1e-4, fused=fused)
         masters.attach([optimizer], accumulates=False)
         fill_gradients(module)
+        masters.gradients.defers = True  # as in automatic optimization: only the step follows the clip
         found_inf, one = torch.zeros((), device=device), torch.ones((), device=device)
 
         def stage() -> None:

@@ -138,7 +138,9 @@ class MasterWeights:
             self._attach_ddp(ddp, reduce_dtype=reduce_dtype, accumulates=accumulates)
         elif self._reducer is None:
             is_fp32 = accumulates or self.param_dtype is torch.float16
-            self._set_grad_dtype(torch.float32 if is_fp32 else self.param_dtype)
+            # None: gradients are of the dtype that backward computes them in, 16 bits as a rule, and
+            # others may be assigned.
+            self._set_grad_dtype(torch.float32 if is_fp32 else None)
         for optimizer in fresh:
             self._attach_one(optimizer)
 
@@ -186,6 +188,7 @@ class MasterWeights:
 
         Gradients that are there already will be added to, so 16-bit ones become FP32 here for good.
         """
+        self.gradients.forget_all()
         if self._reducer is not None:
             self._reducer.begin_backward()
         elif self._has_16_bit_gradients and any(param.grad is not None for param in self._masters):
@@ -225,13 +228,12 @@ class MasterWeights:
         step.install()
         self._steps[id(optimizer)] = step
 
-    def _set_grad_dtype(self, dtype: torch.dtype) -> None:
-        self._has_16_bit_gradients = dtype is not torch.float32
+    def _set_grad_dtype(self, dtype: torch.dtype | None) -> None:
+        self._has_16_bit_gradients = dtype is None
         for param in self._masters:
             grad, param.grad = param.grad, None
             param.grad_dtype = dtype
-            if grad is not None:
-                param.grad = grad.to(dtype)
+            param.grad = grad if grad is None or dtype is None else grad.to(dtype)
 
 
 def _check_settings(mode: str, param_dtype: torch.dtype, bucket_numel: int) -> None:

@@ -1,9 +1,9 @@
 """Gradients of 16-bit parameters, read and clipped as FP32 values.
 
 Where more than one backward feeds a step, ``Parameter.grad_dtype`` makes autograd accumulate in FP32
-and clipping works in place. Where only one does, gradients may stay in 16 bits: a clip is then
-remembered as operations on FP32 values, which the step applies when a bucket is upcast. Writing the
-clipped value back to 16 bits would round it.
+and clipping works in place. Where only one does, gradients may stay in 16 bits; writing a clipped value
+back to 16 bits would round it. A clip puts FP32 gradients into ``param.grad`` then, or, where nobody
+can look before the step, is remembered as operations that the step applies when a bucket is upcast.
 """
 
 from collections.abc import Callable, Iterable
@@ -39,9 +39,17 @@ class Gradients:
     """The gradients of the mastered parameters, whatever dtype they are stored in.
 
     Gradients live in ``param.grad`` as always; this object only holds the clips that wait.
+
+    Attributes:
+        defers: Whether clips of 16-bit gradients wait for the step, which keeps ``param.grad`` as it is.
+            Only for a clip after which nothing but the step reads or changes gradients.
+        shows_clipped: Whether ``param.grad`` gets the clipped values, rounded to 16 bits, in a step that
+            applied such a clip, for those who look at gradients afterwards.
     """
 
     def __init__(self) -> None:
+        self.defers = False
+        self.shows_clipped = False
         self._pending: dict[nn.Parameter, _Pending] = {}
 
     def fp32(self, param: nn.Parameter) -> Tensor | None:
@@ -50,7 +58,7 @@ class Gradients:
         An FP32 (or FP64, or complex) gradient is returned itself.
 
         Raises:
-            UnsupportedError: If the gradient was changed after it was clipped.
+            UnsupportedError: If the gradient was changed or replaced while a clip of it waited.
         """
         grad = param.grad
         if grad is None or grad.dtype not in _HALF:
@@ -116,9 +124,22 @@ class Gradients:
         """Clip as ``torch.nn.utils.clip_grad_value_``, on FP32 values."""
         self._apply(params, lambda grad: grad.clamp_(min=-clip_value, max=clip_value))
 
-    def forget(self, param: nn.Parameter) -> None:
-        """Drop the clips that wait for ``param``: its gradient was used."""
-        self._pending.pop(param, None)
+    def widen_(self, params: Iterable[nn.Parameter]) -> None:
+        """Put FP32 gradients, with the clips that waited, into ``param.grad``: others may change them."""
+        for param in params:
+            grad = param.grad
+            if grad is not None and grad.dtype in _HALF:
+                self._store(param, self.fp32(param))
+
+    def used(self, param: nn.Parameter, clipped: Tensor | None) -> None:
+        """Note that the gradient of ``param`` was used, in FP32 as ``clipped``: nothing waits for it any more."""
+        entry = self._pending.pop(param, None)
+        if self.shows_clipped and entry is not None and clipped is not None:
+            entry.grad.copy_(clipped)
+
+    def forget_all(self) -> None:
+        """Drop the clips that wait: their gradients will not be used."""
+        self._pending.clear()
 
     def _apply(self, params: Iterable[nn.Parameter], operation: Callable[[Tensor], Tensor]) -> None:
         for param in params:
@@ -128,19 +149,30 @@ class Gradients:
             if grad.dtype not in _HALF:
                 operation(grad)
                 continue
+            if not self.defers:
+                self._store(param, operation(self.fp32(param)))  # type: ignore[arg-type]
+                continue
             entry = self._pending.get(param)
             if entry is None or entry.grad is not grad or entry.version != grad._version:
                 entry = self._pending[param] = _Pending(grad, grad._version, [])
             entry.operations.append(operation)
 
+    def _store(self, param: nn.Parameter, grad: Tensor | None) -> None:
+        if param.grad_dtype is not None:
+            param.grad_dtype = None  # None allows the gradient another dtype than the parameter's
+        param.grad = grad
+        self._pending.pop(param, None)
+
     def _operations(self, param: nn.Parameter) -> list[Callable[[Tensor], Tensor]]:
         entry = self._pending.get(param)
-        if entry is None or entry.grad is not param.grad:
+        if entry is None:
             return []
-        if entry.version != entry.grad._version:
+        if entry.grad is not param.grad or entry.version != entry.grad._version:
             raise UnsupportedError(
-                f"master_weights: a 16-bit gradient of shape {tuple(param.shape)} was changed after it was clipped, so "
-                "its clipped value is not known. Change gradients before clipping, or accumulate them in FP32."
+                f"master_weights: a 16-bit gradient of shape {tuple(param.shape)} was changed after gradient_clip_val "
+                "clipped it, so its clipped value is not known. Change gradients in on_before_optimizer_step, which "
+                "runs before clipping, in an optimizer step pre-hook, or in configure_gradient_clipping after "
+                "self.clip_gradients(...)."
             )
         return entry.operations
 

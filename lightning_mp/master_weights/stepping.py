@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.optim import optimizer as torch_hooks
 
 from lightning_mp.master_weights.gradients import Gradients
 from lightning_mp.master_weights.masters import CopyMaster, Master, NoMaster, SplitMaster
@@ -69,9 +70,16 @@ class MasterStep:
             self._load_state_dict(state_dict)
 
         hooked: Any = Optimizer.profile_hook_step(step)
-        hooked._wrapped_by_lr_sched = True  # the step below sets what a scheduler's wrapper would set
+
+        def prepared(optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:
+            if _has_step_hooks(optimizer):
+                self._show_gradients()
+            return hooked(optimizer, *args, **kwargs)
+
+        # `_step` sets what a scheduler's wrapper would set.
+        prepared._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
         self._installed = {
-            "step": MethodType(hooked, self.optimizer),
+            "step": MethodType(prepared, self.optimizer),
             "load_state_dict": MethodType(load_state_dict, self.optimizer),
         }
         vars(self.optimizer).update(self._installed)
@@ -95,6 +103,12 @@ class MasterStep:
             return replaced
         step: Any = type(self.optimizer).step
         return MethodType(step.__wrapped__ if getattr(step, "hooked", False) else step, self.optimizer)
+
+    def _show_gradients(self) -> None:
+        """Let step hooks find the gradients that the step will use, in FP32, to read and to change."""
+        self._before_step()
+        params = (param for group in self.optimizer.param_groups for param in group["params"])
+        self._gradients.widen_(param for param in params if param in self._masters)
 
     def _step(self, closure: Callable[[], Any] | None, kwargs: dict[str, Any]) -> Any:
         loss = None
@@ -156,10 +170,9 @@ class MasterStep:
         if not masters:
             return stand_ins
         loaded = type(masters[0]).load_all(masters, scratch)
+        grads = self._gradients.fp32_all(mastered, scratch)
         if isinstance(masters[0], NoMaster):
-            grads = [None if param.grad is None else param.grad.to(param.dtype) for param in mastered]
-        else:
-            grads = self._gradients.fp32_all(mastered, scratch)
+            grads = [None if grad is None else grad.to(masters[0].param.dtype) for grad in grads]
         for param, stand_in, grad in zip(mastered, loaded, grads, strict=True):
             stand_in.grad = grad
             stand_ins[param] = stand_in
@@ -168,7 +181,7 @@ class MasterStep:
     def _publish(self, stand_ins: dict[nn.Parameter, nn.Parameter], scratch: Scratch) -> None:
         mastered = [param for param in stand_ins if param in self._masters]
         for param in mastered:
-            self._gradients.forget(param)
+            self._gradients.used(param, stand_ins[param].grad)
             stand_ins[param].grad = None
         if mastered:
             masters = [self._masters[param] for param in mastered]
@@ -269,6 +282,11 @@ def _return_state(shown: Mapping[Any, Any], state: Any, stand_ins: dict[nn.Param
     """Put what the step left under the stand-ins back under the parameters."""
     state.update({param: shown[stand_in] for param, stand_in in stand_ins.items() if stand_in in shown})
     state.update({key: value for key, value in shown.items() if _is_shared(key, value)})
+
+
+def _has_step_hooks(optimizer: Optimizer) -> bool:
+    own = any(vars(optimizer)[name] for name in _HOOKS)
+    return bool(own or torch_hooks._global_optimizer_pre_hooks or torch_hooks._global_optimizer_post_hooks)
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from typing import Any
 
-from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from lightning.pytorch.callbacks import Callback, GradientAccumulationScheduler
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -18,6 +18,8 @@ __all__ = ["attach_masters", "check_averaging", "new_masters"]
 
 # By name: WeightAveraging and EMAWeightAveraging came with Lightning 2.6.
 _AVERAGING = ("WeightAveraging", "StochasticWeightAveraging")
+_HOOKS_AFTER_STEP = ("on_before_zero_grad", "on_train_batch_end", "on_train_batch_start", "on_train_epoch_end")
+_NOT_USERS = ("lightning.", "pytorch_lightning.", "lightning_mp.")
 _said_none = False
 
 
@@ -71,6 +73,7 @@ def attach_masters(
         ddp=model if isinstance(model, DistributedDataParallel) else None,
         reduce_dtype=policy.reduce_torch_dtype,
     )
+    masters.gradients.shows_clipped = trainer is not None and _may_read_gradients_after_step(trainer)
 
 
 def _needs_fp32_gradients(trainer: Any) -> bool:
@@ -83,4 +86,17 @@ def _needs_fp32_gradients(trainer: Any) -> bool:
         or is_module_hook_overridden(module, "configure_gradient_clipping")
         or is_module_hook_overridden(module, "optimizer_step")
         or any(isinstance(callback, GradientAccumulationScheduler) for callback in trainer.callbacks)
+    )
+
+
+def _may_read_gradients_after_step(trainer: Any) -> bool:
+    """Tell whether user code runs between a step and the ``zero_grad`` before the next one."""
+    module = trainer.lightning_module
+    if is_module_hook_overridden(module, "optimizer_zero_grad"):
+        return True
+    users = [callback for callback in trainer.callbacks if not type(callback).__module__.startswith(_NOT_USERS)]
+    return any(
+        is_module_hook_overridden(module, name)
+        or any(getattr(type(callback), name) is not getattr(Callback, name) for callback in users)
+        for name in _HOOKS_AFTER_STEP
     )

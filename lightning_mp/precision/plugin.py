@@ -398,8 +398,18 @@ class MixedPrecision(StepRegions, FSDPPrecision):  # type: ignore[misc]  # Light
         trainer = model.trainer
         call_hooks(trainer, model, "on_before_optimizer_step", optimizer)
         clip_val = trainer.gradient_clip_val
-        if clip_val or is_module_hook_overridden(model, "configure_gradient_clipping"):
+        is_by_user = is_module_hook_overridden(model, "configure_gradient_clipping")
+        if not (clip_val or is_by_user):
+            return
+        gradients = self._stepper.gradients
+        if gradients is None or is_by_user:
             self._clip_gradients(model, optimizer, clip_val, gradient_clip_algorithm=trainer.gradient_clip_algorithm)
+            return
+        gradients.defers = True  # only the step comes after it
+        try:
+            self._clip_gradients(model, optimizer, clip_val, gradient_clip_algorithm=trainer.gradient_clip_algorithm)
+        finally:
+            gradients.defers = False
 
     def unscale_gradients(self, optimizer: Optimizer) -> None:
         """Divide the optimizer's gradients by the loss scale now, once; the step knows that it is done."""

@@ -188,6 +188,8 @@ class OptimizerStepper:
         self._attempt = None
         self._is_loss_stale = True
         self.backward_watch.forget(attempt.optimizer)
+        if self.gradients is not None:
+            self.gradients.forget_all()
         self.unscaler.finish(attempt.optimizer)
         if self.is_in_batch:
             clear_cast_weights()

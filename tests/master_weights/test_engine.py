@@ -224,7 +224,8 @@ def test_split_equals_copy_on_cuda_and_masters_follow_the_module_there(settings:
         for seed in range(5):
             for param in net.parameters():
                 generator = torch.Generator("cuda").manual_seed(seed)
-                param.grad = torch.randn(param.shape, generator=generator, device="cuda").to(param.grad_dtype)
+                param.grad = torch.randn(param.shape, generator=generator, device="cuda").to(param.dtype)
+            masters.gradients.defers = True
             masters.gradients.clip_norm_(net.parameters(), 1.0)
             optimizer.step()
         net.cpu()  # as Lightning's teardown does first
@@ -248,6 +249,7 @@ def test_a_step_with_16_bit_gradients_and_clipping_waits_for_no_device() -> None
             for param in net.parameters():
                 param.grad = torch.ones_like(param, dtype=param.grad_dtype)
             torch.cuda.set_sync_debug_mode("error")
+            masters.gradients.defers = True
             masters.gradients.clip_norm_(net.parameters(), 1.0)
             optimizer.step()
             torch.cuda.set_sync_debug_mode("default")

@@ -27,17 +27,48 @@ def test_norm_of_bf16_gradients_is_that_of_their_fp64_values(norm_type: float) -
     torch.testing.assert_close(Gradients().norm(params, norm_type).double(), expected, rtol=1e-6, atol=0.0)
 
 
+def deferring() -> Gradients:
+    gradients = Gradients()
+    gradients.defers = True
+    return gradients
+
+
 @pytest.mark.parametrize("max_norm", [0.5, 1e4])
-def test_clipping_bf16_gradients_gives_the_bits_of_clipping_fp32_ones(max_norm: float) -> None:
+@pytest.mark.parametrize("defers", [True, False])
+def test_clipping_bf16_gradients_gives_the_bits_of_clipping_fp32_ones(max_norm: float, defers: bool) -> None:
     stored, wide = params_with_grads(torch.bfloat16), params_with_grads(torch.float32)
     gradients = Gradients()
+    gradients.defers = defers
     before = [param.grad.clone() for param in stored]
     norm = gradients.clip_norm_(stored, max_norm)
     expected_norm = torch.nn.utils.clip_grad_norm_(wide, max_norm)
     assert norm.item() == expected_norm.item()
     for param, kept, oracle in zip(stored, before, wide, strict=True):
         assert torch.equal(gradients.fp32(param), oracle.grad)
-        assert torch.equal(param.grad, kept)  # not rounded to 16 bits
+        # Never rounded to 16 bits: as it was while the clip waits, else FP32 for all to see.
+        assert torch.equal(param.grad, kept if defers else oracle.grad)
+
+
+def test_a_clipped_gradient_that_is_changed_or_replaced_counts_as_it_stands() -> None:
+    stored, wide = params_with_grads(torch.bfloat16), params_with_grads(torch.float32)
+    gradients = Gradients()
+    gradients.clip_norm_(stored, 0.01)
+    torch.nn.utils.clip_grad_norm_(wide, 0.01)
+    for params in (stored, wide):
+        params[0].grad.add_(1e-5)
+        params[1].grad = params[1].grad * 0.3
+    assert all(torch.equal(gradients.fp32(a), b.grad) for a, b in zip(stored, wide, strict=True))
+
+
+def test_widening_makes_waiting_clips_visible_in_fp32() -> None:
+    stored, wide = params_with_grads(torch.bfloat16), params_with_grads(torch.float32)
+    gradients = deferring()
+    gradients.clip_value_(stored, 0.3)
+    torch.nn.utils.clip_grad_value_(wide, 0.3)
+    gradients.widen_(stored)
+    assert all(torch.equal(a.grad, b.grad) for a, b in zip(stored, wide, strict=True))
+    gradients.widen_(stored)
+    assert all(torch.equal(gradients.fp32(a), b.grad) for a, b in zip(stored, wide, strict=True))
 
 
 def test_clipping_fp32_gradients_works_in_place_as_torch_does() -> None:
@@ -49,7 +80,7 @@ def test_clipping_fp32_gradients_works_in_place_as_torch_does() -> None:
 
 def test_clips_of_value_and_norm_follow_each_other() -> None:
     stored, wide = params_with_grads(torch.bfloat16), params_with_grads(torch.float32)
-    gradients = Gradients()
+    gradients = deferring()
     for _ in range(2):
         gradients.clip_value_(stored, 0.3)
         torch.nn.utils.clip_grad_value_(wide, 0.3)
@@ -60,8 +91,9 @@ def test_clips_of_value_and_norm_follow_each_other() -> None:
 
 def test_a_clip_is_not_applied_to_a_later_gradient() -> None:
     params = params_with_grads(torch.bfloat16)
-    gradients = Gradients()
+    gradients = deferring()
     gradients.clip_norm_(params, 0.01)
+    gradients.forget_all()  # the step was skipped, or the next backward begins
     fresh = params_with_grads(torch.bfloat16, seed=1)
     for param, other in zip(params, fresh, strict=True):
         param.grad = other.grad.clone()
@@ -70,7 +102,7 @@ def test_a_clip_is_not_applied_to_a_later_gradient() -> None:
 
 def test_a_gradient_zeroed_and_filled_again_can_be_clipped_again() -> None:
     params = params_with_grads(torch.bfloat16)
-    gradients = Gradients()
+    gradients = deferring()
     gradients.clip_norm_(params, 0.01)
     for param in params:
         param.grad.zero_().add_(1.0)
@@ -78,12 +110,16 @@ def test_a_gradient_zeroed_and_filled_again_can_be_clipped_again() -> None:
     assert norm[1].item() == 0.5
 
 
-def test_a_gradient_changed_after_clipping_is_refused_with_the_fix() -> None:
+@pytest.mark.parametrize("change", ["in place", "replaced"])
+def test_a_gradient_changed_while_its_clip_waits_is_refused_with_the_fix(change: str) -> None:
     params = params_with_grads(torch.bfloat16)
-    gradients = Gradients()
+    gradients = deferring()
     gradients.clip_norm_(params, 0.01)
-    params[1].grad.add_(1.0)
-    with pytest.raises(UnsupportedError, match=r"shape \(17,\) was changed after it was clipped.*or accumulate them"):
+    if change == "in place":
+        params[1].grad.add_(1.0)
+    else:
+        params[1].grad = params[1].grad * 1.0
+    with pytest.raises(UnsupportedError, match=r"\(17,\) was changed after gradient_clip_val clipped it.*pre-hook"):
         gradients.fp32(params[1])
 
 

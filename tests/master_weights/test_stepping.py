@@ -92,6 +92,7 @@ def make(mode: str, name: str, options: dict[str, Any], **engine: Any) -> tuple[
 def train(module: Weights, masters: MasterWeights, optimizer: Optimizer, steps: int, *, grads: bool = True) -> None:
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 20)
     fused_sgd = isinstance(optimizer, torch.optim.SGD) and optimizer.defaults.get("fused")
+    masters.gradients.defers = True
     for step in range(steps):
         generator = torch.Generator().manual_seed(100 + step)
         for index, param in enumerate(module.items):
