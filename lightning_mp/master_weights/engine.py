@@ -1,5 +1,6 @@
 """Master weights of one module: taken, attached to optimizers, and given back."""
 
+import weakref
 from collections.abc import Collection, Iterable, Mapping
 from types import MappingProxyType
 from typing import Any, Literal
@@ -20,6 +21,7 @@ from lightning_mp.master_weights.optimizers import check_optimizer, upcast_state
 from lightning_mp.master_weights.plan import params_to_cast, widen_norms_
 from lightning_mp.master_weights.split import flat_view
 from lightning_mp.master_weights.stepping import MasterStep
+from lightning_mp.master_weights.strangers import StrangerGuard
 
 __all__ = ["MasterMode", "MasterWeights"]
 
@@ -68,6 +70,7 @@ class MasterWeights:
         self._names: dict[nn.Parameter, str] = {}
         self._steps: dict[int, MasterStep] = {}
         self._handles: list[RemovableHandle] = []
+        self._guard: RemovableHandle | None = None
         self._reducer: FP32Reducer | None = None
         self._has_16_bit_gradients = False
 
@@ -143,6 +146,22 @@ class MasterWeights:
             self._set_grad_dtype(torch.float32 if is_fp32 else None)
         for optimizer in fresh:
             self._attach_one(optimizer)
+        if self.mode != "none" and self._guard is None:
+            engine = weakref.ref(self)
+            guard = StrangerGuard(lambda optimizer: (alive := engine()) is not None and alive._is_stranger(optimizer))
+            self._guard = guard.install()
+
+    def adopt(self, optimizer: Optimizer) -> None:
+        """Attach an optimizer that was made in mid-training; nothing happens if it is attached.
+
+        Raises:
+            UnsupportedError: If it cannot carry masters.
+        """
+        if id(optimizer) in self._steps or not self._masters:
+            return
+        if self.mode != "none":
+            check_optimizer(optimizer, self._masters)
+        self._attach_one(optimizer)
 
     def detach(self) -> None:
         """Give optimizers their own ``step`` and the module FP32 parameters with the masters' values.
@@ -154,6 +173,9 @@ class MasterWeights:
         if self._reducer is not None:
             self._reducer.remove()
             self._reducer = None
+        if self._guard is not None:
+            self._guard.remove()
+            self._guard = None
         for handle in self._handles:
             handle.remove()
         for master in self._masters.values():
@@ -227,6 +249,11 @@ class MasterWeights:
         )
         step.install()
         self._steps[id(optimizer)] = step
+
+    def _is_stranger(self, optimizer: Optimizer) -> bool:
+        if id(optimizer) in self._steps:
+            return False
+        return any(param in self._masters for group in optimizer.param_groups for param in group["params"])
 
     def _set_grad_dtype(self, dtype: torch.dtype | None) -> None:
         self._has_16_bit_gradients = dtype is None

@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim import optimizer as torch_hooks
 
 from lightning_mp.master_weights.gradients import Gradients
 from lightning_mp.master_weights.masters import CopyMaster, Master, NoMaster, SplitMaster
 from lightning_mp.master_weights.scratch import Scratch
+from lightning_mp.master_weights.strangers import has_step_hooks
 
 __all__ = ["MasterStep"]
 
@@ -72,7 +72,7 @@ class MasterStep:
         hooked: Any = Optimizer.profile_hook_step(step)
 
         def prepared(optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:
-            if _has_step_hooks(optimizer):
+            if has_step_hooks(optimizer):
                 self._show_gradients()
             return hooked(optimizer, *args, **kwargs)
 
@@ -282,11 +282,6 @@ def _return_state(shown: Mapping[Any, Any], state: Any, stand_ins: dict[nn.Param
     """Put what the step left under the stand-ins back under the parameters."""
     state.update({param: shown[stand_in] for param, stand_in in stand_ins.items() if stand_in in shown})
     state.update({key: value for key, value in shown.items() if _is_shared(key, value)})
-
-
-def _has_step_hooks(optimizer: Optimizer) -> bool:
-    own = any(vars(optimizer)[name] for name in _HOOKS)
-    return bool(own or torch_hooks._global_optimizer_pre_hooks or torch_hooks._global_optimizer_post_hooks)
 
 
 @contextmanager

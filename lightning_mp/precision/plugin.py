@@ -389,6 +389,8 @@ class MixedPrecision(StepRegions, FSDPPrecision):  # type: ignore[misc]  # Light
         if self._is_first_step:
             self._is_first_step = False
             self._ledger.begin(model.trainer.global_step)
+        if self._masters is not None:
+            self._masters.adopt(optimizer)  # one made in mid-fit; others are known
         result = self._stepper.step(optimizer, closure, lambda o: self._after_closure(model, o), kwargs)
         if self._fp8 is not None:
             self._fp8.on_optimizer_step()
