@@ -26,6 +26,8 @@ from lightning_mp.loss_scale import DynamicLossScale
 from lightning_mp.overflow import (
     Finding,
     OverflowEvent,
+    RanksPartedError,
+    Together,
     copy_containers,
     describe_event,
     find_culprit,
@@ -41,6 +43,7 @@ Probe = Literal["replay", "gradients", "always"]
 OnOverflow = Literal["warn", "raise", "log"]
 
 _UNKNOWN = Finding("backward", "unknown", "inf", 0)
+_PARTED = "the replay came to a collective while that of another rank had ended"
 
 
 class OverflowMonitor(Callback):
@@ -280,7 +283,9 @@ class OverflowMonitor(Callback):
         event = self._make_event(trainer, report, held, finding) if finding is not None else None
         answers = gather_events([(event, failure)])
         events = [event for event, _ in answers if event is not None]
-        failure = next((failure for _, failure in answers if failure is not None), None)
+        failures = [failure for _, failure in answers if failure is not None]
+        # What made one rank end comes before that others could not go on without it.
+        failure = next((failure for failure in failures if failure != _PARTED), _PARTED if failures else None)
         if failure is not None and self._method == "replay":
             self._fall_back(failure)
         if not events:
@@ -303,18 +308,28 @@ class OverflowMonitor(Callback):
             return None, "the update was applied (on_nonfinite='ignore'), so that its weights are gone"
         if self._method == "replay" and not module.training:
             return None, None
+        together = Together()
+        for held in self._attempted:
+            finding, failure = self._try_to_look_at(trainer, module, held, report, together)
+            # Ranks replay the same batches: one that stopped earlier would miss the collectives of the others.
+            is_done = finding is not None or failure is not None
+            if together.any_rank(is_done) if self._method == "replay" else is_done:
+                return (held, finding) if finding is not None else None, failure
+        return None, None
+
+    def _try_to_look_at(
+        self, trainer: Trainer, module: LightningModule, held: HeldBatch, report: StepReport, together: Together
+    ) -> tuple[Finding | None, str | None]:
         try:
-            for held in self._attempted:
-                finding = self._look_at(trainer, module, held, report)
-                if finding is not None:
-                    return (held, finding), None
+            return self._look_at(trainer, module, held, report, together), None
+        except RanksPartedError:
+            return None, _PARTED
         # Watching must not end a run: whatever the user's code or the device raises is said, once.
         except Exception as error:
             return None, f"the replay failed with {type(error).__name__}: {error}"
-        return None, None
 
     def _look_at(
-        self, trainer: Trainer, module: LightningModule, held: HeldBatch, report: StepReport
+        self, trainer: Trainer, module: LightningModule, held: HeldBatch, report: StepReport, together: Together
     ) -> Finding | None:
         if held.seen is not None:
             if self._plugin is not None and not report.loss_nonfinite:
@@ -322,7 +337,7 @@ class OverflowMonitor(Callback):
                 held.seen.loss = []
             held.seen.statistics.read()
             return find_culprit(held.seen)
-        with nullcontext() if self._plugin is None else self._plugin.unrecorded():
+        with nullcontext() if self._plugin is None else self._plugin.unrecorded(), together:
             return replay(
                 module,
                 partial(training_loss, trainer, module, held.batch_idx),

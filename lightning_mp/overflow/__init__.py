@@ -6,6 +6,7 @@ from lightning_mp.overflow.gradients import find_in_gradients
 from lightning_mp.overflow.preserve import RandomState
 from lightning_mp.overflow.probes import ModuleCall, Probes
 from lightning_mp.overflow.replay import copy_containers, replay
+from lightning_mp.overflow.together import RanksPartedError, Together
 
 __all__ = [
     "Finding",
@@ -15,6 +16,8 @@ __all__ = [
     "OverflowPhase",
     "Probes",
     "RandomState",
+    "RanksPartedError",
+    "Together",
     "copy_containers",
     "describe_event",
     "find_culprit",

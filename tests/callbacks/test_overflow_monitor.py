@@ -7,7 +7,7 @@ import random
 import socket
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -590,12 +590,16 @@ def test_learning_rate_finder_leaves_no_event() -> None:
 WORLD = 2
 
 
-def rank_worker(rank: int, port: int, folder: str) -> None:
+def join_ranks(rank: int, port: int) -> None:
     torch.set_num_threads(1)
     os.environ.update(
         MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), WORLD_SIZE="2", LOCAL_RANK=str(rank), NODE_RANK="0"
     )
     warnings.simplefilter("ignore")
+
+
+def rank_worker(rank: int, port: int, folder: str) -> None:
+    join_ranks(rank, port)
 
     def run(model: Net) -> tuple[OverflowMonitor, Any]:
         monitor = OverflowMonitor(save_batch=True, dirpath=folder)
@@ -634,8 +638,59 @@ def rank_worker(rank: int, port: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
-def test_two_ranks_name_the_culprit_of_the_rank_that_has_it(tmp_path) -> None:
+def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = int(free.getsockname()[1])
-    mp.spawn(rank_worker, (port, str(tmp_path)), nprocs=WORLD)
+        return int(free.getsockname()[1])
+
+
+def test_two_ranks_name_the_culprit_of_the_rank_that_has_it(tmp_path) -> None:
+    mp.spawn(rank_worker, (free_port(), str(tmp_path)), nprocs=WORLD)
+
+
+class Gathering(Net):
+    """Its steps gather over the ranks; the second rank's loss overflows, in the first batch of the second window."""
+
+    # An attribute of the model would be put back after the replay.
+    seen: ClassVar[list[int]] = []
+
+    def __init__(self, *, fails: str | None = None) -> None:
+        super().__init__()
+        self.fails = fails
+        self.seen.clear()
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        again = batch_idx in self.seen and self.global_rank == 1
+        self.seen.append(batch_idx)
+        if again and self.fails == "before":
+            raise KeyError("again")
+        loss = Net.training_step(self, batch, -1)
+        gathered = self.all_gather(loss, sync_grads=True)
+        if again and self.fails == "after":
+            raise KeyError("again")
+        others = self.all_gather(loss.detach()) - gathered.detach()
+        return (loss + others.sum()) * (INF if self.global_rank == 1 and batch_idx == BAD else 1.0)
+
+
+def gathering_worker(rank: int, port: int) -> None:
+    join_ranks(rank, port)
+    for fails in (None, "before", "after"):
+        monitor = OverflowMonitor()
+        strategy = DDPStrategy(process_group_backend="gloo")
+        settings = {"devices": WORLD, "strategy": strategy, "use_distributed_sampler": False}
+        used = trainer(MixedPrecision("bf16"), callbacks=[monitor], accumulate_grad_batches=2, **settings)
+        model = Gathering(fails=fails)
+        used.fit(model, batches(6))
+        assert used.precision_plugin.skipped_steps == 1
+        assert used.global_step == 3
+        # One event on both ranks alike; without a replay it is what the reduced gradients show.
+        expected = (1, BAD, "loss", "loss") if fails is None else (0, BAD + 1, "backward", "head.bias")
+        found = [(e.rank, e.batch_idx, e.phase, e.fqn) for e in monitor.events]
+        assert found == [expected], (fails, found)
+        # Both replayed the same batches: six, and the first of the window once more.
+        assert model.seen == [0, 1, 2, 3, 2, 4, 5], (fails, model.seen)
+    dist.destroy_process_group()
+
+
+def test_two_ranks_with_collectives_in_their_step_replay_the_same_batches() -> None:
+    mp.spawn(gathering_worker, (free_port(),), nprocs=WORLD)
