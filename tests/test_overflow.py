@@ -1,5 +1,6 @@
 """The engine on plain modules: where values first go non-finite, and what a replay leaves behind."""
 
+import collections
 import random
 from contextlib import nullcontext
 from typing import Any
@@ -43,6 +44,10 @@ class GradTimes(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return grad * ctx.factor, None
+
+
+def draw_torch(generator: torch.Generator) -> float:
+    return torch.rand(1, generator=generator).item()
 
 
 def grad_times(factor: float) -> Call:
@@ -285,6 +290,80 @@ def test_preserved_restores_buffers_attributes_and_random_states() -> None:
     assert torch.equal(torch.get_rng_state(), states[0])
     assert random.getstate() == states[1]
     assert np.random.get_state()[1].tolist() == states[2]
+
+
+class Counted(collections.UserDict):
+    """A class of the user's, which is not protected; a dict subclass is."""
+
+
+class LoudDict(dict):
+    """Refuses what is written through its own methods once it is loud."""
+
+    loud = False
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        assert not self.loud
+        super().__setitem__(key, value)
+
+
+Point = collections.namedtuple("Point", "x")
+
+# What a training step may keep on its module, how it changes, and what shows the change.
+STATES = {
+    "nested dict": (lambda: {"a": {"n": 0}}, lambda v: v["a"].update(n=1), lambda v: v["a"]["n"]),
+    "dict of lists": (lambda: {"a": [1, [2]]}, lambda v: v["a"][1].append(3), str),
+    "counter": (collections.Counter, lambda v: v.update("aab"), dict),
+    "default dict": (lambda: collections.defaultdict(list), lambda v: v["a"].append(1), dict),
+    "ordered dict": (
+        lambda: collections.OrderedDict(a=1, b=2), lambda v: v.move_to_end("a"), lambda v: list(v.items())
+    ),
+    "dict subclass": (lambda: LoudDict(a=1), lambda v: dict.update(v, a=2), dict),
+    "set": (lambda: {1}, lambda v: v.add(2), set),
+    "deque": (lambda: collections.deque([1, 2], maxlen=2), lambda v: v.append(3), lambda v: (list(v), v.maxlen)),
+    "list of tensors": (lambda: [torch.zeros(2)], lambda v: v[0].add_(1), lambda v: v[0].tolist()),
+    "tuple of tensors": (lambda: (torch.zeros(2),), lambda v: v[0].add_(1), lambda v: v[0].tolist()),
+    "named tuple of lists": (lambda: Point([1]), lambda v: v.x.append(2), lambda v: v.x),
+    "dict of tensors": (lambda: {"w": torch.zeros(2)}, lambda v: v["w"].lerp_(torch.ones(2), 0.5), str),
+    "tensor with other data": (lambda: torch.zeros(2), lambda v: setattr(v, "data", torch.ones(3)), Tensor.tolist),
+    "sparse tensor": (lambda: torch.eye(2).to_sparse(), lambda v: v.mul_(2), lambda v: v.to_dense().tolist()),
+    "array": (lambda: np.zeros(2), lambda v: v.__setitem__(0, 1), np.ndarray.tolist),
+    "list of arrays": (lambda: [np.zeros(2)], lambda v: v[0].__iadd__(1), str),
+    "generator of torch": (lambda: torch.Generator().manual_seed(1), lambda v: torch.rand(1, generator=v), draw_torch),
+    "generator of NumPy": (lambda: np.random.default_rng(1), lambda v: v.random(), lambda v: v.random()),
+    "old generator of NumPy": (lambda: np.random.RandomState(1), lambda v: v.rand(), lambda v: v.rand()),
+    "generator of Python": (lambda: random.Random(1), lambda v: v.random(), lambda v: v.random()),
+    "dict of generators": (lambda: {1: np.random.default_rng(1)}, lambda v: v[1].random(), lambda v: v[1].random()),
+    "module in a nested list": (
+        lambda: [[nn.BatchNorm1d(4)]], lambda v: v[0][0](torch.randn(3, 4)), lambda v: v[0][0].running_var.tolist()
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", STATES)
+def test_preserved_puts_back_what_a_module_keeps_in(name) -> None:
+    make, change, show = STATES[name]
+    model, reference = linear(), make()
+    model.state = kept = make()
+    LoudDict.loud = True
+    with preserved(model):
+        change(model.state)
+    LoudDict.loud = False
+    assert model.state is kept
+    assert show(model.state) == show(reference)
+    changed = make()
+    change(changed)
+    # The oracle tells the two apart.
+    assert show(changed) != show(make())
+
+
+def test_preserved_leaves_objects_of_other_classes_and_parameters_as_the_block_left_them() -> None:
+    model = linear()
+    model.state = Counted(a=1)
+    with preserved(model):
+        model.state["a"] = 2
+        model.weight.data.zero_()
+    assert model.state["a"] == 2
+    assert not model.weight.any()
 
 
 def test_replay_does_not_change_the_batch() -> None:

@@ -50,12 +50,15 @@ class OverflowMonitor(Callback):
     """Say which module or parameter went non-finite, in which phase, whenever a step has Inf or NaN gradients.
 
     A step without overflow costs one snapshot of torch's random states (2 us): no hook and no host sync.
-    With ``probe="replay"`` the offending batch is computed once more under probes. That leaves random
-    states, gradients, buffers, metrics, logs, attributes of modules and progress as they were. torch's
-    random numbers are rewound for it; Python's and NumPy's are only protected. Not protected: direct calls
-    of ``logger.experiment``, what ``training_step`` writes to parameters or to objects outside modules. A
-    tensor of the batch that it changes in place is replayed as changed. A batch is held one step longer,
-    under accumulation all batches of a step.
+    With ``probe="replay"`` the offending batch is computed once more under probes, on all ranks together.
+    That leaves random states, gradients, buffers, metrics, logs and progress as they were, and attributes
+    of modules: of lists, dicts, sets and deques (nested, and subclasses), tensors, NumPy arrays and
+    generators among them the contents too. torch's global random numbers are rewound for it; Python's,
+    NumPy's and those of generators of your own are only protected. Not protected: direct calls of
+    ``logger.experiment``, what ``training_step`` writes to parameters (as a momentum encoder does), to
+    attributes of objects that are no modules, and to anything outside modules. A tensor of the batch that
+    it changes in place is replayed as changed. A batch is held one step longer, under accumulation all
+    batches of a step.
 
     With an optimizer that skips on the device (fused Adam, AdamW) the event comes one step late, before the
     next update. Manual optimization, ``dataloader_iter``, sharding strategies and a replay that fails (as by

@@ -2,7 +2,8 @@
 
 import random
 import sys
-from collections.abc import Callable, Iterator
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple
@@ -43,13 +44,15 @@ def preserved(model: nn.Module) -> Iterator[None]:
     """Put back, after the block, what a training step changes besides gradients.
 
     That is: the random states of torch, Python and NumPy; buffers; and of every module inside ``model``
-    its attributes, with the contents of those that are tensors, lists, dicts and sets. The states of
-    torchmetrics are such attributes. Gradients and parameters are the caller's.
+    its attributes. Of those that are lists, dicts, sets and deques (subclasses too, and nested), tensors,
+    NumPy arrays, and generators of torch, Python and NumPy, the contents come back. The states of
+    torchmetrics are such attributes. Objects of other classes keep what the block wrote to them, and
+    gradients and parameters are the caller's.
     """
     rng, python_rng = RandomState.now(), random.getstate()
     numpy = sys.modules.get("numpy")
     numpy_rng = numpy.random.get_state() if numpy is not None else None
-    undo = [put_back for module in _all_modules(model) for put_back in _remember(module)]
+    undo = list(_remember(model))
     try:
         yield
     finally:
@@ -69,35 +72,29 @@ def eager() -> AbstractContextManager[Any]:
     return torch.compiler.set_stance("force_eager")  # type: ignore[no-any-return]
 
 
-def _all_modules(model: nn.Module) -> list[nn.Module]:
-    """Return the modules inside, and those in lists and dicts of theirs, such as metrics."""
-    found: dict[int, nn.Module] = {}
-    waiting = [model]
+def _remember(model: nn.Module) -> Iterator[Callable[[], None]]:
+    """Yield what puts back the contents of everything that is found from ``model`` on."""
+    # By identity, and held: what a freed value leaves behind could be another one's.
+    seen: dict[int, Any] = {}
+    waiting: list[Any] = [model]
     while waiting:
-        module = waiting.pop()
-        if id(module) in found:
+        value = waiting.pop()
+        if id(value) in seen:
             continue
-        found[id(module)] = module
-        waiting += module.children()
-        for value in module.__dict__.values():
-            items = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
-            waiting += [item for item in items if isinstance(item, nn.Module)]
-    return list(found.values())
-
-
-def _remember(module: nn.Module) -> Iterator[Callable[[], None]]:
-    """Yield functions that put the contents back, then one for the attributes themselves."""
-    attributes = dict(module.__dict__)
-    for value in [*attributes.values(), *module._buffers.values()]:
+        seen[id(value)] = value
+        waiting += _items_of(value)
         put_back = _contents_of(value)
         if put_back is not None:
             yield put_back
 
-    def put_attributes_back() -> None:
-        module.__dict__.clear()
-        module.__dict__.update(attributes)
 
-    yield put_attributes_back
+def _items_of(value: Any) -> Iterable[Any]:
+    if isinstance(value, nn.Module):
+        # A scripted module holds its buffers and children elsewhere.
+        return [*value.__dict__.values(), *value.buffers(recurse=False), *value.children()]
+    if isinstance(value, dict):
+        return list(_dict_class(value).values(value))
+    return list(value) if isinstance(value, list | tuple | set | frozenset | deque) else ()
 
 
 def _contents_of(value: Any) -> Callable[[], None] | None:
@@ -105,27 +102,86 @@ def _contents_of(value: Any) -> Callable[[], None] | None:
         return None
     if isinstance(value, Tensor):
         return _tensor_contents(value)
-    # Exact types: a subclass may refuse or count such changes.
-    if type(value) is list:
-        items = list(value)
-        return lambda: value.__setitem__(slice(None), items)
-    if type(value).__name__ in ("dict", "OrderedDict", "set", "defaultdict"):
-        return partial(_refill, value, value.copy())
+    if isinstance(value, nn.Module):
+        return partial(_refill_dict, value.__dict__, dict(value.__dict__))
+    if isinstance(value, dict):
+        return partial(_refill_dict, value, dict(_dict_class(value).items(value)))
+    if isinstance(value, list):
+        return partial(_refill_list, value, list(value))
+    if isinstance(value, set | deque):
+        return partial(_refill, value, list(value))
+    return _state_of(value)
+
+
+# Methods of the built-in classes, since those of a subclass may count or refuse what is written. What did
+# not change is not written at all.
+
+
+def _refill_dict(value: dict[Any, Any], kept: dict[Any, Any]) -> None:
+    base = _dict_class(value)
+    now = list(base.items(value))
+    if len(now) == len(kept) and all(a is c and b is d for (a, b), (c, d) in zip(now, kept.items(), strict=True)):
+        return
+    base.clear(value)
+    for key, item in kept.items():
+        base.__setitem__(value, key, item)
+
+
+def _dict_class(value: dict[Any, Any]) -> Any:
+    return OrderedDict if isinstance(value, OrderedDict) else dict
+
+
+def _refill_list(value: list[Any], kept: list[Any]) -> None:
+    if not _are_same(value, kept):
+        list.__setitem__(value, slice(None), kept)
+
+
+def _refill(value: Any, kept: list[Any]) -> None:
+    if _are_same(value, kept):
+        return
+    base: Any = set if isinstance(value, set) else deque
+    base.clear(value)
+    (base.update if base is set else base.extend)(value, kept)
+
+
+def _are_same(value: Any, kept: list[Any]) -> bool:
+    return len(value) == len(kept) and all(a is b for a, b in zip(value, kept, strict=True))
+
+
+def _state_of(value: Any) -> Callable[[], None] | None:
+    """Return what puts back the state of a generator or the numbers of an array; ``None`` for anything else."""
+    if isinstance(value, torch.Generator):
+        return partial(_set_state, value, value.get_state())
+    if isinstance(value, random.Random):
+        return partial(value.setstate, value.getstate())
+    numpy = sys.modules.get("numpy")
+    if numpy is None:
+        return None
+    if isinstance(value, numpy.random.RandomState):
+        return partial(value.set_state, value.get_state())
+    if isinstance(value, numpy.random.Generator):
+        return partial(setattr, value.bit_generator, "state", value.bit_generator.state)
+    if isinstance(value, numpy.ndarray) and value.flags.writeable:
+        return partial(value.__setitem__, ..., value.copy())
     return None
 
 
-def _refill(value: Any, items: Any) -> None:
-    value.clear()
-    value.update(items)
+def _set_state(generator: torch.Generator, state: Tensor) -> None:
+    generator.set_state(state)
 
 
 def _tensor_contents(value: Tensor) -> Callable[[], None]:
-    kept = value.detach().clone()
+    storage, kept = value.detach(), value.detach().clone()
 
+    @torch.no_grad()
     def put_back() -> None:
+        if value.layout is not torch.strided:
+            value.copy_(kept)
+            return
+        if value.shape != kept.shape or value.dtype != kept.dtype or value.data_ptr() != storage.data_ptr():
+            value.data = storage
         # Not by the version counter: batch norm moves its statistics without raising it (torch 2.13).
         if not torch.equal(value, kept):
-            with torch.no_grad():
-                value.copy_(kept)
+            value.copy_(kept)
 
     return put_back

@@ -196,6 +196,9 @@ class Everything(LightningModule):
         self.error = torchmetrics.MeanSquaredError()
         self.collection = torchmetrics.MetricCollection([torchmetrics.MeanMetric(), torchmetrics.CatMetric()])
         self.running = torch.zeros(())
+        self.bank = {"mean": [torch.zeros(8)]}
+        self.noise = torch.Generator().manual_seed(3)
+        self.augment = np.random.default_rng(3)
         self.calls = 0
         self.losses: list[float] = []
         self.draws: list[float] = []
@@ -207,7 +210,10 @@ class Everything(LightningModule):
         self.seen += 1
         self.running = self.running + 1
         self.draws.append(random.random() + float(np.random.rand()))
-        out = self.head(self.dropout(self.norm(self.layer(batch["x"])).relu())).float()
+        hidden = self.norm(self.layer(batch["x"])).relu().float()
+        self.bank["mean"][0].lerp_(hidden.detach().mean(0), 0.5)
+        out = self.head(self.dropout(hidden + self.bank["mean"][0])).float()
+        out = out + torch.rand(1, generator=self.noise) + self.augment.random()
         loss = nn.functional.mse_loss(out, y)
         self.losses.append(loss.item())
         self.error(out.detach(), y)
