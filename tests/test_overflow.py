@@ -154,6 +154,140 @@ def test_mask_of_minus_infinity_in_the_batch_is_not_the_culprit_if_something_els
     assert found.fqn == "1"
 
 
+def attend(scores: Tensor, mask: Tensor) -> Tensor:
+    return torch.softmax(scores + mask, -1)
+
+
+FULL = torch.full((4, 4), -INF)
+# What makes minus infinity of finite values: no mask.
+LOG_ZERO = lambda: Call(lambda x: x.relu().mul(0).log())  # noqa: E731
+NEGATIVE = lambda: Call(lambda x: -((x.abs() + 1).half() * 300).square())  # noqa: E731
+
+
+@pytest.mark.parametrize("make", [LOG_ZERO, NEGATIVE])
+@pytest.mark.parametrize("user", [linear, lambda: nn.LayerNorm(4), lambda: nn.Linear(4, 4, bias=False), nn.GELU])
+def test_minus_infinity_that_a_layer_turns_into_nan_was_no_mask(make, user) -> None:
+    cast = Call(lambda x: x.float())
+    model = nn.Sequential(linear(), make(), cast, user())
+    assert where(look(model)) == ("forward", "1", "inf")
+    # From within a block, which has parameters without having made it itself.
+    assert where(look(nn.Sequential(nn.Sequential(linear(), make()), cast, user()))) == ("forward", "0.1", "inf")
+
+
+class OwnWeights(nn.Module):
+    """A layer of the user's, unknown to the package."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight
+
+
+def test_minus_infinity_that_reaches_weights_of_the_users_own_layer_was_no_mask() -> None:
+    assert where(look(nn.Sequential(linear(), LOG_ZERO(), OwnWeights()))) == ("forward", "1", "inf")
+
+
+def test_minus_infinity_of_the_batch_that_reaches_a_layer_names_its_item() -> None:
+    batch = {"mask": torch.zeros(1, 4), "x": torch.tensor([[1.0, 0.0, 1.0, 0.0]]).log()}
+    model = nn.Sequential(linear(), linear())
+    found = look(model, batch, step=lambda b: model(b["x"]).sum())
+    assert (where(found), found.count) == (("batch", "x", "inf"), 2)
+
+
+def test_minus_infinity_made_between_modules_names_the_code_that_made_it() -> None:
+    class Between(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = linear(), linear()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.second(self.first(x).mul(0).log())
+
+    assert where(look(nn.Sequential(linear(), Between()))) == ("forward", "1", "inf")
+    model = linear()
+    assert where(look(model, step=lambda b: model(b.mul(0).log()).sum())) == ("forward", "Linear", "inf")
+
+
+@pytest.mark.parametrize(
+    "attention",
+    [
+        nn.Softmax(-1),
+        Call(lambda x: x.softmax(-1), parameter=False),
+        Call(lambda x: x - x.amax(-1, keepdim=True)),
+        nn.Sequential(nn.Softmax(-1)),
+    ],
+)
+def test_nan_from_a_mask_is_the_fault_of_who_computes_with_it(attention) -> None:
+    mask = Call(lambda x: x + FULL[:2])
+    found = look(nn.Sequential(linear(), mask, attention, linear()))
+    assert where(found) == ("forward", "2.0" if isinstance(attention, nn.Sequential) else "2", "nan")
+
+
+def test_attention_that_is_handed_a_mask_of_the_batch_is_named_and_not_the_item() -> None:
+    class Own(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(()))
+
+        def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+            return attend(x @ x.mT * self.scale, mask) @ x
+
+    batch = {"x": torch.ones(4, 4), "mask": FULL}
+    own, torchs = Own(), nn.MultiheadAttention(4, 1)
+    assert where(look(own, batch, step=lambda b: own(b["x"], b["mask"]).sum())) == ("forward", "Own", "nan")
+    found = look(torchs, batch, step=lambda b: torchs(b["x"], b["x"], b["x"], attn_mask=b["mask"])[0].sum())
+    assert where(found) == ("forward", "MultiheadAttention", "nan")
+
+
+def test_mask_that_a_softmax_used_up_is_not_the_fault_of_the_loss() -> None:
+    mask = Call(lambda x: x + torch.tensor([0.0, -INF, -INF, 0.0]))
+    model = nn.Sequential(linear(), mask, nn.Softmax(-1))
+    assert where(look(model, step=lambda b: torch.log(model(b).sum() * 0))) == ("loss", "loss", "inf")
+
+
+# --- What another module made finite again -------------------------------------------------------
+
+
+class Gated(nn.Module):
+    """``up(x) * gate(up(x))``; the fault is in ``up`` or in the block's own code."""
+
+    def __init__(self, up: nn.Module, *, factor: float = 1.0, uses_up: bool = True) -> None:
+        super().__init__()
+        self.up, self.gate, self.factor, self.uses_up = up, nn.Sigmoid(), factor, uses_up
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.up(x)
+        return (h if self.uses_up else x) * self.gate(h) * self.factor
+
+
+def overflowing() -> Call:
+    return Call(lambda x: (x.abs() + 1) * INF)
+
+
+def test_culprit_that_a_gate_makes_finite_is_named_if_its_values_went_elsewhere_too() -> None:
+    assert where(look(nn.Sequential(linear(), Gated(overflowing()), linear()))) == ("forward", "1.up", "inf")
+    model = Gated(overflowing())
+    found = look(model, step=lambda b: (h := model.up(model_stem(b))) is not None and (h * model.gate(h)).sum())
+    assert where(found) == ("forward", "up", "inf")
+
+
+def model_stem(x: Tensor) -> Tensor:
+    return x * torch.ones((), requires_grad=True)
+
+
+def test_block_that_overflows_by_itself_is_named_though_a_gate_made_something_else_finite() -> None:
+    block = Gated(overflowing(), factor=INF, uses_up=False)
+    assert where(look(nn.Sequential(linear(), block, linear()))) == ("forward", "1", "inf")
+
+
+def test_later_culprit_is_named_after_a_gate_made_an_earlier_one_finite() -> None:
+    model = nn.Sequential(linear(), overflowing(), nn.Sigmoid(), Call(lambda x: x / 0))
+    assert where(look(model)) == ("forward", "3", "inf")
+    assert where(look(model[:3], step=lambda b: torch.log(model[:3](b).sum() * 0))) == ("loss", "loss", "inf")
+
+
 @pytest.mark.parametrize("value", [INF, NAN])
 def test_batch_is_named_by_the_path_of_its_item(value) -> None:
     model = linear()

@@ -40,7 +40,7 @@ class HeldBatch:
     def note_loss(self, loss: Tensor) -> None:
         """Measure the loss of a probed step."""
         if self.seen is not None:
-            self.seen.loss = [*self.seen.loss, *self.seen.statistics.add([loss])]
+            self.seen.add_loss(loss)
 
     def note_gradients(self, optimizer: Optimizer) -> None:
         """Measure the parameters' gradients of a probed step."""

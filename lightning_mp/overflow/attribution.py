@@ -1,8 +1,11 @@
 """From what the probes noted to the module that went non-finite first.
 
 Minus infinity alone is how masks are written. A batch item or the output of a module without
-parameters that holds nothing worse is therefore taken for a mask, and named only if nothing else is
-found: ``softmax`` of a fully masked row is named, not the mask.
+parameters of its own that holds nothing worse is therefore taken for a mask: ``softmax`` of a fully
+masked row is named, not the mask. It was none if a layer that takes no masks turns it into Inf or NaN.
+
+What a module made non-finite and another finite again, as a sigmoid does, is harmless unless it went
+elsewhere too, as in ``x * sigmoid(x)``: the autograd graph tells.
 """
 
 from collections.abc import Sequence
@@ -14,8 +17,18 @@ from torch import Tensor, nn
 from lightning_mp.overflow.event import Finding, make_finding
 from lightning_mp.overflow.probes import ModuleCall
 from lightning_mp.overflow.statistics import Statistics, TensorStats, Wanted, named_tensors
+from lightning_mp.selection import is_normalization
 
 __all__ = ["Observation", "find_culprit"]
+
+# What of torch.nn is given masked scores: minus infinity is zero probability to them.
+_MASKED = (
+    *(nn.Softmax, nn.Softmax2d, nn.Softmin, nn.LogSoftmax, nn.AdaptiveLogSoftmaxWithLoss),
+    *(nn.CrossEntropyLoss, nn.NLLLoss, nn.KLDivLoss, nn.CTCLoss),
+    *(nn.MultiheadAttention, nn.Transformer, nn.TransformerEncoder, nn.TransformerEncoderLayer),
+    *(nn.TransformerDecoder, nn.TransformerDecoderLayer),
+)
+_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
 @dataclass(eq=False)
@@ -28,6 +41,7 @@ class Observation:
         statistics: The numbers.
         batch: Places by path of the batch's item.
         loss: Places of the unscaled loss.
+        loss_nodes: Its nodes in the autograd graph.
         param_grads: Places of the gradients by parameter.
     """
 
@@ -36,12 +50,18 @@ class Observation:
     statistics: Statistics
     batch: dict[str, Wanted] = field(default_factory=dict)
     loss: Wanted = field(default_factory=list)
+    loss_nodes: list[Any] = field(default_factory=list)
     param_grads: dict[Tensor, Wanted] = field(default_factory=dict)
 
     def add_batch(self, batch: Any) -> None:
         """Measure the tensors of the batch; a batch that is one tensor has the path ``"batch"``."""
         for path, tensor in named_tensors(batch):
             self.batch[path or "batch"] = self.statistics.add([tensor])
+
+    def add_loss(self, loss: Tensor) -> None:
+        """Measure the loss, or one more of several."""
+        self.loss = [*self.loss, *self.statistics.add([loss])]
+        self.loss_nodes.append(loss.grad_fn)
 
     def stats(self, wanted: Wanted) -> TensorStats:
         """Return the numbers at these places together."""
@@ -54,49 +74,116 @@ def find_culprit(seen: Observation) -> Finding | None:
     A non-finite forward that does not reach the loss, as behind ``torch.where``, is named only if
     backward shows nothing.
     """
-    forward = _find_in_forward(seen)
+    calls = _Forward(seen)
+    for call in sorted((c for c in seen.calls if c.finished is not None), key=lambda c: c.finished or 0):
+        calls.add(call)
+    forward = _find_in_forward(calls)
     if not seen.stats(seen.loss).is_finite:
-        return forward or _find_loss(seen)
+        return forward or _find_loss(calls)
     return _find_in_backward(seen) or forward
 
 
 # --- Forward -------------------------------------------------------------------------------------
 
 
-def _find_in_forward(seen: Observation) -> Finding | None:
-    culprit, mask = _first_overflow(seen)
+@dataclass(frozen=True, eq=False)
+class _Suspect:
+    """A call that returned something non-finite, and the one whose fault it is; ``None`` if none of them."""
+
+    call: ModuleCall
+    maker: ModuleCall | None
+
+
+@dataclass
+class _Forward:
+    """What was found in the calls, in the order in which they returned: a module inside comes before its parent.
+
+    The first call that turned finite values non-finite is the culprit, a parent only if nothing inside it is.
+    """
+
+    seen: Observation
+    culprit: _Suspect | None = None
+    masks: list[ModuleCall] = field(default_factory=list)
+    lost: list[_Suspect] = field(default_factory=list)
+    absorbers: list[ModuleCall] = field(default_factory=list)
+
+    def add(self, call: ModuleCall) -> None:
+        entered, left = self.seen.stats(call.inputs), self.seen.stats(call.outputs)
+        if not entered.is_finite and left.is_finite and left.amax is not None:
+            self._absorb(call, entered)
+        elif self.culprit is None and not entered.is_bad and not left.is_finite:
+            self._suspect(call, entered, left)
+
+    def _absorb(self, call: ModuleCall, entered: TensorStats) -> None:
+        """Drop what this call made finite again, as a sigmoid does; ``find_used`` knows where else it went."""
+        self.absorbers.append(call)
+        if self.culprit is not None and _covers(entered, self.seen.stats(self.culprit.call.outputs)):
+            self.lost.append(self.culprit)
+            self.culprit = None
+        elif self.culprit is None and not entered.is_bad:
+            self.lost += [_Suspect(mask, mask) for mask in self.masks]
+            self.masks.clear()
+
+    def _suspect(self, call: ModuleCall, entered: TensorStats, left: TensorStats) -> None:
+        if entered.is_finite and not left.is_bad and next(call.module.parameters(recurse=False), None) is None:
+            if not any(mask.is_inside(call) for mask in self.masks):
+                self.masks.append(call)
+        elif left.is_bad and not entered.is_finite and not _takes_masks(call):
+            self.culprit = _Suspect(call, self.masks[-1] if self.masks else None)
+        elif left.is_bad or entered.is_finite:
+            inside = [suspect for suspect in self.lost if suspect.call.is_inside(call)]
+            self.culprit = self.find_used(inside, call.output_nodes) or _Suspect(call, call)
+
+    def find_used(self, suspects: Sequence[_Suspect], nodes: Sequence[Any]) -> _Suspect | None:
+        """Return the first whose values came to ``nodes`` of the graph without what made them finite."""
+        finite = {node for call in self.absorbers for node in call.output_nodes}
+        reached = _nodes_before(nodes, without=finite) if suspects else set()
+        return next((s for s in suspects if not reached.isdisjoint(s.call.output_nodes)), None)
+
+
+def _nodes_before(nodes: Sequence[Any], *, without: set[Any]) -> set[Any]:
+    """Return these nodes of the autograd graph and all that they were computed from."""
+    reached: set[Any] = set()
+    waiting = list(nodes)
+    while waiting:
+        node = waiting.pop()
+        if node is not None and node not in reached and node not in without:
+            reached.add(node)
+            waiting += [before for before, _ in node.next_functions]
+    return reached
+
+
+def _find_in_forward(found: _Forward) -> Finding | None:
+    seen = found.seen
+    culprit = found.culprit or found.find_used(found.lost, seen.loss_nodes)
     if culprit is not None:
-        return _describe_forward(seen, culprit)
+        return _describe_handed(seen, culprit.call) if culprit.maker is None else _describe_forward(seen, culprit.maker)
     items = {path: seen.stats(wanted) for path, wanted in seen.batch.items()}
     bad = next((path for path, stats in items.items() if stats.is_bad), None)
-    if bad is None and mask is not None:
-        return _describe_forward(seen, mask)
+    if bad is None and found.masks:
+        return _describe_forward(seen, found.masks[0])
     path = bad or next((path for path, stats in items.items() if not stats.is_finite), None)
     if path is None:
         return None
     return make_finding("batch", path, items[path], {"input": items[path]})
 
 
-def _first_overflow(seen: Observation) -> tuple[ModuleCall | None, ModuleCall | None]:
-    """Return the first call that turned finite values non-finite, and the first that looks like a mask.
+def _takes_masks(call: ModuleCall) -> bool:
+    """Tell whether NaN out of minus infinity is this module's own fault, as a softmax's of a fully masked row.
 
-    Calls are looked at in the order in which they returned, so that a module inside comes before its
-    parent, and a parent is only found if nothing inside it is. A culprit whose values a later module
-    turns finite again, as a sigmoid does, is dropped.
+    Not of a linear layer, a norm or an activation: what they get is no mask. Code of the user's may
+    compute a softmax, but not of the one input of a module that has weights of its own.
     """
-    culprit: ModuleCall | None = None
-    mask: ModuleCall | None = None
-    for call in sorted((c for c in seen.calls if c.finished is not None), key=lambda c: c.finished or 0):
-        entered, left = seen.stats(call.inputs), seen.stats(call.outputs)
-        if culprit is not None:
-            if left.is_finite and left.amax is not None and _covers(entered, seen.stats(culprit.outputs)):
-                culprit = None
-        elif not entered.is_bad and not left.is_finite:
-            if left.is_bad or (entered.is_finite and _has_parameters(call.module)):
-                culprit = call
-            elif entered.is_finite and mask is None:
-                mask = call
-    return culprit, mask
+    module = call.module
+    if isinstance(module, _MASKED):
+        return True
+    if is_normalization(module) or any(cls.__module__.startswith("torch.nn.") for cls in _bases(module)):
+        return False
+    return len(call.inputs) > 1 or next(module.parameters(recurse=False), None) is None
+
+
+def _bases(module: nn.Module) -> list[type]:
+    return [cls for cls in type(module).__mro__ if cls is not nn.Module and cls not in _CONTAINERS]
 
 
 def _covers(entered: TensorStats, left: TensorStats) -> bool:
@@ -107,8 +194,15 @@ def _covers(entered: TensorStats, left: TensorStats) -> bool:
     )
 
 
-def _has_parameters(module: nn.Module) -> bool:
-    return next(module.parameters(), None) is not None
+def _describe_handed(seen: Observation, call: ModuleCall) -> Finding:
+    """Name where the minus infinity came from that this call was handed: the batch, or code between modules."""
+    entered = seen.stats(call.inputs)
+    items = {path: stats for path, wanted in seen.batch.items() if not (stats := seen.stats(wanted)).is_finite}
+    path = next((path for path, stats in items.items() if stats.count == entered.count), next(iter(items), None))
+    if path is not None:
+        return make_finding("batch", path, items[path], {"input": items[path]})
+    fqn = type(seen.model).__name__ if call.parent is None else _fqn(seen, call.parent)
+    return make_finding("forward", fqn, entered, {"output": entered})
 
 
 def _describe_forward(seen: Observation, call: ModuleCall) -> Finding:
@@ -119,12 +213,15 @@ def _describe_forward(seen: Observation, call: ModuleCall) -> Finding:
     return make_finding("forward", _fqn(seen, call), left, amaxes)
 
 
-def _find_loss(seen: Observation) -> Finding:
-    """Name the loss, or the model's own code if a module was handed something non-finite."""
-    loss = seen.stats(seen.loss)
-    entered = next((s for s in (seen.stats(c.inputs) for c in seen.calls) if s.is_bad), None)
+def _find_loss(found: _Forward) -> Finding:
+    """Name the loss, or the model's own code if a module was handed something non-finite that no module made."""
+    seen = found.seen
+    made = [stats for stats in (seen.stats(suspect.call.outputs) for suspect in found.lost) if stats.is_bad]
+    handed = (stats for stats in (seen.stats(call.inputs) for call in seen.calls) if stats.is_bad)
+    entered = next((stats for stats in handed if not any(_covers(stats, each) for each in made)), None)
     if entered is not None:
         return make_finding("forward", type(seen.model).__name__, entered, {"output": entered})
+    loss = seen.stats(seen.loss)
     return make_finding("loss", "loss", loss, {"output": loss})
 
 

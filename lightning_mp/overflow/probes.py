@@ -25,6 +25,7 @@ class ModuleCall:
         parent: The call from within which it was called.
         inputs: Its tensors among arguments.
         outputs: What it returned.
+        output_nodes: Nodes of the autograd graph that made what it returned.
         output_grads: Gradients that came in during backward.
         input_grads: Gradients that went out, from this call alone.
         finished: Position among the ends of all calls; ``None`` if it did not return.
@@ -36,6 +37,7 @@ class ModuleCall:
     parent: "ModuleCall | None"
     inputs: Wanted = field(default_factory=list)
     outputs: Wanted = field(default_factory=list)
+    output_nodes: list[Any] = field(default_factory=list)
     output_grads: Wanted = field(default_factory=list)
     input_grads: Wanted = field(default_factory=list)
     finished: int | None = None
@@ -149,6 +151,7 @@ class Probes:
         call.finished = self._tick()
         tensors = [tensor for _, tensor in named_tensors(output)]
         call.outputs = self.statistics.add(tensors)
+        call.output_nodes = [tensor.grad_fn for tensor in tensors if tensor.grad_fn is not None]
         for tensor in {id(t): t for t in tensors if t.requires_grad}.values():
             self._watch(tensor, call, call.output_grads)
 

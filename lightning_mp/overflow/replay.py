@@ -58,7 +58,7 @@ def replay(
                 loss = step(_cloned(batch))
             if loss is None:
                 return None
-            seen.loss = probes.statistics.add([loss])
+            seen.add_loss(loss)
             if loss.requires_grad and any(p.requires_grad for p in model.parameters()):
                 _backward(model, loss, loss_scale, seen)
     seen.statistics.read()
