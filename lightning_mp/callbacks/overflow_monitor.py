@@ -18,6 +18,7 @@ from lightning_mp.callbacks.overflow_watch import (
     ScalerWatch,
     reason_against_replay,
     save_batch,
+    shards_parameters,
     training_loss,
 )
 from lightning_mp.errors import OverflowFoundError, SettingValueError
@@ -75,7 +76,9 @@ class OverflowMonitor(Callback):
         on_overflow: ``"warn"``, once per culprit; ``"raise"`` stops the run; ``"log"`` only keeps the event.
             Gradient overflows of a dynamic scale that still looks for its value are never alarmed.
         save_batch: Whether to write the batch to ``overflow-step{step}-rank{rank}.pt``, a dict of
-            ``batch``, ``batch_idx``, ``step``, ``rng`` (``"cpu"``, ``"cuda"``) and ``loss_scale``.
+            ``batch``, ``batch_idx``, ``step``, ``rng`` (``"cpu"``, ``"cuda"``) and ``loss_scale``. The
+            rank of the event writes its batch; where gradients alone are known, which DDP adds up over
+            the ranks, each rank writes its own, since any may be the cause.
         dirpath: Directory of event log and batches; ``None`` for that of the logger.
 
     Attributes:
@@ -209,7 +212,7 @@ class OverflowMonitor(Callback):
         held = HeldBatch(copy_containers(batch), batch_idx)
         self._window.append(held)
         if self._method == "always":
-            held.watch(pl_module)
+            held.watch(pl_module, watches_parameters=not shards_parameters(trainer))
 
     def on_before_zero_grad(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         # The last moment at which the gradients of the previous step are there.
@@ -223,8 +226,6 @@ class OverflowMonitor(Callback):
         self._attempted, self._has_gradients = self._window, True
         if self._may_lose_gradients and self._loses_gradients(optimizer):
             self._amaxes = gradient_amaxes(optimizer)
-        if self._method == "always" and self._window:
-            self._window[-1].note_gradients(optimizer)
 
     def _note_loss(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         if self._window:

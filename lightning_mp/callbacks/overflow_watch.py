@@ -10,14 +10,13 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor
-from torch.optim import Optimizer
 
 from lightning_mp.grad_scaler import Readback
 from lightning_mp.overflow import Observation, Probes, RandomState
 from lightning_mp.precision import StepReport
 from lightning_mp.precision.notices import notice_once
 
-__all__ = ["HeldBatch", "ScalerWatch", "reason_against_replay", "save_batch", "training_loss"]
+__all__ = ["HeldBatch", "ScalerWatch", "reason_against_replay", "save_batch", "shards_parameters", "training_loss"]
 
 
 class HeldBatch:
@@ -31,23 +30,17 @@ class HeldBatch:
         self.rng = RandomState.now()
         self.seen: Observation | None = None
 
-    def watch(self, model: LightningModule) -> None:
+    def watch(self, model: LightningModule, *, watches_parameters: bool) -> None:
         """Probe the real step of this batch."""
-        self._probes = Probes(model, tells_aliases_apart=False).__enter__()
-        self.seen = Observation(model, self._probes.calls, self._probes.statistics)
+        probes = Probes(model, tells_aliases_apart=False, watches_parameters=watches_parameters)
+        self._probes = probes.__enter__()
+        self.seen = Observation(model, probes.calls, probes.statistics, param_grads=probes.param_grads)
         self.seen.add_batch(self.batch)
 
     def note_loss(self, loss: Tensor) -> None:
         """Measure the loss of a probed step."""
         if self.seen is not None:
             self.seen.add_loss(loss)
-
-    def note_gradients(self, optimizer: Optimizer) -> None:
-        """Measure the parameters' gradients of a probed step."""
-        if self.seen is not None:
-            for parameter in (p for group in optimizer.param_groups for p in group["params"]):
-                if parameter.grad is not None:
-                    self.seen.param_grads[parameter] = self.seen.statistics.add([parameter.grad])
 
     def unwatch(self) -> None:
         """Take the hooks off the model; what they noted stays."""
@@ -103,13 +96,18 @@ class ScalerWatch:
         self._listener(StepReport(step, before, found_inf, found_inf))
 
 
+def shards_parameters(trainer: Trainer) -> bool:
+    """Tell whether each rank holds a part of the parameters, whose gradients exist inside the strategy only."""
+    return isinstance(trainer.strategy, DeepSpeedStrategy | FSDPStrategy | ModelParallelStrategy)
+
+
 def reason_against_replay(trainer: Trainer, model: LightningModule) -> str | None:
     """Tell why a batch of this run cannot be replayed; ``None`` if it can."""
     if not model.automatic_optimization:
         return "manual optimization runs its own backwards and steps"
     if is_param_in_hook_signature(model.training_step, "dataloader_iter", explicit=True):
         return "a training_step that takes dataloader_iter fetches its batches itself"
-    if isinstance(trainer.strategy, DeepSpeedStrategy | FSDPStrategy | ModelParallelStrategy):
+    if shards_parameters(trainer):
         return f"{type(trainer.strategy).__name__} shards the parameters, and their gradients exist inside it only"
     return None
 

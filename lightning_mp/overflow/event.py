@@ -29,7 +29,8 @@ class OverflowEvent:
     Args:
         step: Index of the optimizer step, attempts counted, as in ``StepReport``.
         batch_idx: Index of the batch in its epoch.
-        rank: Global rank whose batch it was.
+        rank: Global rank whose batch it was. Of a parameter that is named by reduced gradients, which
+            are the same on all ranks, the first rank.
         phase: ``"batch"``, ``"forward"``, ``"loss"`` or ``"backward"``.
         fqn: Module or parameter; the item's path for ``"batch"``, ``"loss"`` for the loss. What the
             LightningModule computes outside its submodules has its class name.

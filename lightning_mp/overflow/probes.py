@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -61,17 +62,22 @@ class Probes:
         model: The module to watch, with all inside it.
         tells_aliases_apart: Whether names of a shared module within one parent are told apart. Stand-ins
             do it, on which an attribute that a ``forward`` sets is lost: not for a real step.
+        watches_parameters: Whether gradients of parameters are measured as they arrive in backward, each
+            time: before a reduction over ranks, and without those of earlier batches. Not for sharded ones.
 
     Attributes:
         calls: In the order in which they began.
+        param_grads: Places of the gradients by parameter, where those are watched.
         statistics: Holds the numbers; the caller reads it.
     """
 
-    def __init__(self, model: nn.Module, *, tells_aliases_apart: bool = True) -> None:
+    def __init__(self, model: nn.Module, *, tells_aliases_apart: bool = True, watches_parameters: bool = False) -> None:
         self.calls: list[ModuleCall] = []
+        self.param_grads: dict[Tensor, Wanted] = {}
         self.statistics = Statistics()
         self._model = model
         self._tells_aliases_apart = tells_aliases_apart
+        self._watches_parameters = watches_parameters
         self._names: dict[int, list[str]] = {}
         self._active: list[ModuleCall] = []
         self._handles: list[Any] = []
@@ -87,6 +93,10 @@ class Probes:
         for module in modules.values():
             self._handles.append(module.register_forward_pre_hook(self._before, with_kwargs=True))
             self._handles.append(module.register_forward_hook(self._after, with_kwargs=True))
+        for parameter in self._model.parameters() if self._watches_parameters else ():
+            if parameter.requires_grad:
+                handle = parameter.register_hook(partial(self._note_parameter, parameter))  # type: ignore[no-untyped-call]
+                self._handles.append(handle)
         return self
 
     def __exit__(
@@ -98,6 +108,9 @@ class Probes:
         self._active.clear()
         if self._restore is not None:
             self._restore()
+
+    def _note_parameter(self, parameter: Tensor, grad: Tensor) -> None:
+        self.param_grads.setdefault(parameter, []).extend(self.statistics.add([grad]))
 
     def _tick(self) -> int:
         self._clock += 1

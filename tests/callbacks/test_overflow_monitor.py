@@ -678,6 +678,49 @@ class Gathering(Net):
         return (loss + others.sum()) * (INF if self.global_rank == 1 and batch_idx == BAD else 1.0)
 
 
+def probing_worker(rank: int, port: int, folder: str) -> None:
+    join_ranks(rank, port)
+
+    class Hooked(Net):
+        """The gradient of its first weight, a leaf behind which no module is, overflows on the second rank."""
+
+        def configure_optimizers(self) -> Any:
+            self.steps = 0
+            self.blocks[0].first.weight.register_hook(self.blow)
+            return super().configure_optimizers()
+
+        def blow(self, grad: Tensor) -> Tensor:
+            self.steps += 1
+            return grad * (INF if self.global_rank == 1 and self.steps == BAD + 1 else 1.0)
+
+    def run(model: Net, probe: Any, **settings: Any) -> list[tuple[Any, ...]]:
+        monitor = OverflowMonitor(probe=probe, save_batch=True, dirpath=Path(folder, str(len(runs))))
+        strategy = DDPStrategy(process_group_backend="gloo")
+        settings = {"devices": WORLD, "strategy": strategy, "use_distributed_sampler": False, **settings}
+        trainer(MixedPrecision("bf16"), callbacks=[monitor], **settings).fit(model, batches(6))
+        runs.append([(e.rank, e.step, e.batch_idx, e.phase, e.fqn) for e in monitor.events])
+        dist.barrier()
+        return runs[-1]
+
+    runs: list[Any] = []
+    only_here = BAD if rank == 1 else -1
+    for accumulate in (1, 2):
+        step = BAD // accumulate
+        found = run(Net("mask", bad=only_here), "always", accumulate_grad_batches=accumulate)
+        assert found == [(1, step, BAD, "forward", "blocks.2.1")], found
+        found = run(Hooked(), "always", accumulate_grad_batches=accumulate)
+        assert found == [(1, step, BAD, "backward", "blocks.0.first")], found
+    found = run(Net("mask", bad=only_here), "gradients")
+    assert found == [(0, BAD, BAD, "backward", "head.bias")], found
+    saved = [sorted(path.name[-8:-3] for path in Path(folder, str(i)).glob("*.pt")) for i in range(len(runs))]
+    assert saved == [["rank1"]] * 4 + [["rank0", "rank1"]], saved
+    dist.destroy_process_group()
+
+
+def test_probes_of_every_step_see_the_gradients_of_their_own_rank(tmp_path) -> None:
+    mp.spawn(probing_worker, (free_port(), str(tmp_path)), nprocs=WORLD)
+
+
 def gathering_worker(rank: int, port: int) -> None:
     join_ranks(rank, port)
     for fails in (None, "before", "after"):
