@@ -10,12 +10,13 @@ from lightning_mp.fp8.config import FP8Config
 from lightning_mp.fp8.layer import FP8Linear
 from lightning_mp.selection import named_inner_modules, select_modules
 
-__all__ = ["ALIGNMENT", "CONVERTED", "Coverage", "LayerRow", "brings_transformer_engine", "plan_layers"]
+__all__ = ["ALIGNMENT", "CONVERTED", "PINNED", "Coverage", "LayerRow", "brings_transformer_engine", "plan_layers"]
 
 # Transformer Engine's FP8 products need both dimensions of every operand to be multiples of 16
 # (pytorch/utils.py, assert_dim_for_fp8_exec; backward turns rows into the dimension summed over).
 ALIGNMENT = 16
 CONVERTED = "FP8"
+PINNED = "pinned to FP32"
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -97,7 +98,7 @@ def plan_layers(
     for fqn, layer in layers.items():
         reason = (
             ("the model brings layers of Transformer Engine and is left as it is" if is_foreign else "")
-            or ("pinned to FP32" if layer in kept else "")
+            or (PINNED if layer in kept else "")
             or _ineligible(layer)
             or ("excluded" if layer in excluded else "")
             or ("not in include" if included is not None and layer not in included else "")

@@ -92,6 +92,7 @@ class FP8Engine:
         """
         if self._layers:
             raise UnsupportedError("This FP8Engine holds converted layers already. Call revert_() first.")
+        self.rows = ()
         if self._has_delayed_scaling:
             _refuse_compiled(module)
         if not self.is_emulated:

@@ -8,10 +8,11 @@ from typing import Any
 from torch import nn
 
 from lightning_mp.fp8 import FP8Engine
+from lightning_mp.fp8.coverage import PINNED
 from lightning_mp.policy import PrecisionPolicy
 from lightning_mp.precision.notices import notice
 
-__all__ = ["FP8Region", "convert_to_fp8", "new_fp8_engine"]
+__all__ = ["FP8Region", "convert_to_fp8", "fp8_reasons", "new_fp8_engine"]
 
 _MAX_NAMED = 3
 
@@ -32,6 +33,16 @@ def convert_to_fp8(engine: FP8Engine, module: nn.Module, pinned: Iterable[nn.Par
     outside = f" Not in FP8: {'; '.join(left[:_MAX_NAMED])}{more}." if left else ""
     backend = "emulated" if engine.is_emulated else "Transformer Engine"
     notice(f"FP8 with recipe {engine.recipe.name!r} ({backend}): {engine.coverage}.{outside}")
+
+
+def fp8_reasons(engine: FP8Engine) -> dict[str, tuple[bool, str]]:
+    """Return for each Linear layer whether it runs in FP8, and why; after a run, whether it did."""
+    if engine.is_converted:
+        return {row.fqn: (row.converted, row.reason) for row in engine.rows}
+    # Pins end with the run as well, and leave no word.
+    rows = [row for row in engine.rows if row.reason != PINNED]
+    ended = "in the last run; an ordinary layer now"
+    return {row.fqn: (row.converted, f"{row.reason} {ended}" if row.converted else row.reason) for row in rows}
 
 
 class FP8Region:

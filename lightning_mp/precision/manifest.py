@@ -34,7 +34,7 @@ class ManifestRow:
         observed_dtype: Dtype of its output at the last observed batch; ``None`` if not observed.
         master: Where the FP32 values live that the optimizer updates.
         pinned: Whether it is kept in FP32.
-        fp8: Whether its products run in FP8.
+        fp8: Whether its products run in FP8; after a run, whether they did.
         reason: Why, in a few words.
     """
 

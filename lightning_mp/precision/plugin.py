@@ -31,7 +31,7 @@ from lightning_mp.precision.checkpoint import (
 from lightning_mp.precision.checks import check_optimizers, check_parameters, check_strategy
 from lightning_mp.precision.culprit import first_nonfinite_parameter
 from lightning_mp.precision.dispatch import call_hooks, is_module_hook_overridden
-from lightning_mp.precision.fp8 import convert_to_fp8, new_fp8_engine
+from lightning_mp.precision.fp8 import convert_to_fp8, fp8_reasons, new_fp8_engine
 from lightning_mp.precision.manifest import ManifestRow, build_manifest
 from lightning_mp.precision.masters import attach_masters, check_averaging, new_masters
 from lightning_mp.precision.notices import notice, notice_once
@@ -146,6 +146,8 @@ class MixedPrecision(StepRegions, FSDPPrecision):  # type: ignore[misc]  # Light
     def manifest(self) -> list[ManifestRow]:
         """Return which module computes in what, as of now, one frozen row per module with parameters.
 
+        Of FP8, which ends with a run, the rows say after it what the last run did.
+
         Raises:
             UnsupportedError: If no model was set up yet.
         """
@@ -154,13 +156,11 @@ class MixedPrecision(StepRegions, FSDPPrecision):  # type: ignore[misc]  # Light
             raise UnsupportedError(
                 "manifest() needs a model: call it after Trainer.fit or validate has set one up, while it is in use."
             )
-        converted = self._fp8 is not None and self._fp8.is_converted
-        rows = self._fp8.rows if self._fp8 is not None and converted else ()
         return build_manifest(
             module,
             self.policy,
             pinned=frozenset(fqn for pin in self._applied_pins for fqn in pin.modules),
-            fp8_reasons={row.fqn: (row.converted, row.reason) for row in rows},
+            fp8_reasons={} if self._fp8 is None else fp8_reasons(self._fp8),
         )
 
     def fp32_state_dict(self, module: nn.Module) -> dict[str, Any]:

@@ -345,6 +345,19 @@ def test_coverage_is_in_the_log_and_in_the_manifest(caplog) -> None:
     assert found["head"][0] is False
 
 
+def test_manifest_after_fit_still_tells_what_ran_in_fp8() -> None:
+    precision = plugin(exclude=["body.2"])
+    fit(Net(), precision)
+    found = {row.fqn: (row.fp8, row.reason, row.param_dtype) for row in precision.manifest()}
+    assert found["body.0"] == (True, "FP8 in the last run; an ordinary layer now", torch.float32)
+    assert found["body.2"] == (False, "excluded", torch.float32)
+    assert found["head"][0] is False
+    refused = plugin(exclude=["body"])
+    with pytest.raises(UnsupportedError, match="none of the 3"):
+        fit(Net(), refused)
+    assert not any(row.fp8 for row in refused.manifest())
+
+
 def test_model_built_in_configure_model_is_converted() -> None:
     class Late(Net):
         def __init__(self) -> None:
@@ -429,7 +442,9 @@ def test_pinned_layer_stays_in_fp32() -> None:
             reasons.update({row.fqn: row.reason for row in self.trainer.precision_plugin.manifest()})
 
     model = Reading()
-    fit(model, plugin(), callbacks=[FP32Pin(modules=["body.0"])])
+    precision = plugin()
+    fit(model, precision, callbacks=[FP32Pin(modules=["body.0"])])
+    assert "pinned" not in next(row.reason for row in precision.manifest() if row.fqn == "body.0")
     assert reasons["body.0"] == "pinned to FP32"
     assert reasons["body.2"] == "FP8"
     assert [type(m) for m in model.body] == [nn.Linear, nn.GELU, nn.Linear]
