@@ -97,14 +97,15 @@ class MixedPrecision(StepRegions, FSDPPrecision):  # type: ignore[misc]  # Light
         self,
         precision: str | int,
         *,
-        loss_scale: str | float | dict[str, Any] | DynamicLossScale | StaticLossScale | None = None,
+        loss_scale: DynamicLossScale | StaticLossScale | str | float | dict[str, Any] | None = None,
         master_weights: str = "params",
-        fp8: dict[str, Any] | FP8Config | None = None,
+        fp8: FP8Config | dict[str, Any] | None = None,
         reduce_dtype: str = "fp32",
         on_nonfinite: str = "skip",
         hold_schedulers: bool = True,
         device: str | None = None,
     ) -> None:
+        # In the annotations classes stand before dict, which would take their class_path for a key in YAML.
         # FSDPPrecision.__init__ is left out: it accepts other names and builds its own scaler. This
         # class derives from it only because FSDPStrategy takes nothing else.
         asked = PrecisionPolicy.parse(

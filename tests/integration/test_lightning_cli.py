@@ -4,7 +4,15 @@ from typing import Any
 
 import pytest
 
-from lightning_mp import DynamicLossScale, FP32Pin, MixedPrecision, OverflowMonitor, StaticLossScale, UnsupportedError
+from lightning_mp import (
+    DynamicLossScale,
+    FP8Config,
+    FP32Pin,
+    MixedPrecision,
+    OverflowMonitor,
+    StaticLossScale,
+    UnsupportedError,
+)
 from tests.models import Regression, batches
 
 pytest.importorskip("jsonargparse")
@@ -37,11 +45,13 @@ def cli(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     from lightning.pytorch.cli import LightningCLI
 
-    def run(*args: str) -> Any:
+    def make(*args: str, run: bool = True) -> Any:
         monkeypatch.setattr("sys.argv", ["run", *args])
-        return LightningCLI(Model, save_config_callback=None, trainer_defaults=QUIET, seed_everything_default=0)
+        return LightningCLI(
+            Model, run=run, save_config_callback=None, trainer_defaults=QUIET, seed_everything_default=0
+        )
 
-    return run
+    return make
 
 
 def write(folder, trainer: str):
@@ -119,12 +129,57 @@ def test_file_asks_for_fp8(cli, tmp_path) -> None:
         cli("fit", config)
 
 
+BY_CLASS = "{class_path: lightning_mp.%s, init_args: %s}"
+
+
+@pytest.mark.parametrize(
+    ("written", "expected"),
+    [
+        ("{backend: emulated, recipe: block}", FP8Config("block", "emulated")),
+        (BY_CLASS % ("FP8Config", "{backend: emulated, recipe: block}"), FP8Config("block", "emulated")),
+        (
+            BY_CLASS
+            % ("FP8Config", "{recipe: {name: delayed, amax_history_len: 4}, backend: emulated, include: [a.*]}"),
+            FP8Config({"name": "delayed", "amax_history_len": 4}, "emulated", include=("a.*",)),
+        ),
+    ],
+)
+def test_file_writes_fp8_settings_as_a_dict_or_by_class(cli, tmp_path, written, expected) -> None:
+    plugin = f"class_path: lightning_mp.MixedPrecision\n      init_args: {{precision: fp8, fp8: {written}}}"
+    config = write(tmp_path, f"  plugins:\n    - {plugin}\n")
+    assert cli(config, run=False).trainer.precision_plugin.policy.fp8 == expected
+    # The config that Lightning saves beside a run sets the same.
+    saved = tmp_path / "saved.yaml"
+    made = cli(config, run=False)
+    saved.write_text(made.parser.dump(made.config, skip_none=False))
+    assert cli(f"--config={saved}", run=False).trainer.precision_plugin.policy.fp8 == expected
+
+
+@pytest.mark.parametrize(
+    ("written", "expected"),
+    [
+        ("{init_scale: 64.0}", DynamicLossScale(init_scale=64.0)),
+        (BY_CLASS % ("DynamicLossScale", "{init_scale: 64.0, hysteresis: 2}"), DynamicLossScale(64.0, hysteresis=2)),
+        ("{scale: 64.0}", StaticLossScale(64.0)),
+        (BY_CLASS % ("StaticLossScale", "{scale: 64.0}"), StaticLossScale(64.0)),
+        ("64", StaticLossScale(64.0)),
+        ("dynamic", DynamicLossScale()),
+        ("null", DynamicLossScale()),
+    ],
+)
+def test_file_writes_a_loss_scale_in_every_form(cli, tmp_path, written, expected) -> None:
+    plugin = f"class_path: lightning_mp.MixedPrecision\n      init_args: {{precision: fp16, loss_scale: {written}}}"
+    config = write(tmp_path, f"  plugins:\n    - {plugin}\n")
+    assert cli(config, run=False).trainer.precision_plugin.scaler.rule == expected
+
+
 @pytest.mark.parametrize(
     ("init_args", "message"),
     [
         ("{precision: fp17}", "fp17"),
         ("{precision: fp16, loss_scale: {init_scal: 2.0}}", "init_scale"),
         ("{precision: bf16, loss_scale: 1024.0}", "loss_scale"),
+        ("{precision: fp8, fp8: {recip: current}}", "Did you mean 'recipe'"),
         ("{precision: bf16, master_wieghts: split}", "master_wieghts"),
     ],
 )
