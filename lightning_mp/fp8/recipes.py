@@ -8,6 +8,7 @@ The facts follow transformer_engine/common/recipe/__init__.py, version 2.12.
 """
 
 import difflib
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal, TypeAlias
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from lightning_mp.errors import SettingTypeError, SettingValueError
+from lightning_mp.formats import FP8_E4M3FN, FP8_E5M2, FP32
 
 __all__ = [
     "RECIPE_NAMES",
@@ -35,6 +37,11 @@ __all__ = [
 Operand: TypeAlias = Literal["input", "weight", "grad"]
 
 _FORMATS = ("HYBRID", "E4M3")
+_OPERANDS: tuple[Operand, ...] = ("input", "weight", "grad")
+# Beyond these the maximum of an FP8 format times 2**-margin is no normal FP32 number.
+_MIN_MARGIN = math.ceil(math.log2(FP8_E5M2.max / FP32.max))
+_MAX_MARGIN = math.floor(math.log2(FP8_E4M3FN.max / FP32.smallest_normal))
+_FLAGS = ("use_power_2_scales", "reduce_amax", "use_f32_scales")
 _BLOCK_DIMS = (1, 2)
 _ALGORITHMS = ("max", "most_recent")
 
@@ -257,7 +264,25 @@ def _parse_quantization(field: str, value: Any) -> QuantizationSettings | None:
     allowed = ("power_2_scale", "amax_epsilon")
     if not isinstance(value, Mapping) or not set(value) <= set(allowed):
         raise SettingValueError(f"recipe: {field}={value!r} is not allowed; pass a dict with {_list(allowed)}.")
+    for key, setting in value.items():
+        label = f"{field}.{key}"
+        if key == "power_2_scale":
+            _check_flag(label, setting)
+        else:
+            _check_epsilon(label, setting)
     return QuantizationSettings(**value)
+
+
+def _check_flag(field: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise SettingTypeError(f"recipe: {field}={value!r} is a {type(value).__name__}; it must be True or False.")
+
+
+def _check_epsilon(field: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise SettingTypeError(f"recipe: {field}={value!r} is a {type(value).__name__}; it must be a number.")
+    if not 0 <= value <= FP32.max:
+        raise SettingValueError(f"recipe: {field}={value} is not allowed; it must be from 0 to {FP32.max:.3g}.")
 
 
 def _from_engine_object(value: Any) -> FP8Recipe:
@@ -290,6 +315,9 @@ def emulated_twin(recipe: FP8Recipe) -> FP8Recipe:
 
 
 def _check(recipe: CurrentScaling | DelayedScaling | BlockScaling) -> None:
+    for field in _FLAGS:
+        if hasattr(recipe, field):
+            _check_flag(field, getattr(recipe, field))
     if recipe.fp8_format not in _FORMATS:
         raise SettingValueError(
             f"recipe: fp8_format={recipe.fp8_format!r} is not known.{_nearest(recipe.fp8_format, _FORMATS)} "
@@ -306,8 +334,19 @@ def _check_delayed(recipe: DelayedScaling) -> None:
         value = getattr(recipe, field)
         if isinstance(value, bool) or not isinstance(value, int):
             raise SettingTypeError(f"recipe: {field}={value!r} is a {type(value).__name__}; it must be an int.")
+    if not _MIN_MARGIN <= recipe.margin <= _MAX_MARGIN:
+        raise SettingValueError(
+            f"recipe: margin={recipe.margin} is not allowed: a scale is the format's maximum times 2**-margin, divided "
+            f"by amax, and that product would leave FP32. Use a margin from {_MIN_MARGIN} to {_MAX_MARGIN}."
+        )
     if recipe.amax_history_len < 1:
         raise SettingValueError(f"recipe: amax_history_len={recipe.amax_history_len} is not allowed; it must be >= 1.")
+    function = recipe.scaling_factor_compute_algo
+    if function is not None and not callable(function):
+        raise SettingTypeError(
+            f"recipe: scaling_factor_compute_algo={function!r} is a {type(function).__name__}; it must be a function "
+            "(amax, scale, fp8_max, recipe) -> scale, or None."
+        )
     algorithm = recipe.amax_compute_algo
     if not callable(algorithm) and algorithm not in _ALGORITHMS:
         raise SettingValueError(
@@ -317,9 +356,8 @@ def _check_delayed(recipe: DelayedScaling) -> None:
 
 
 def _check_block(recipe: BlockScaling) -> None:
-    operands: tuple[Operand, ...] = ("input", "weight", "grad")
-    dims = {operand: recipe.block_dim(operand) for operand in operands}
-    if any(dim not in _BLOCK_DIMS for dim in dims.values()):
+    dims = {operand: recipe.block_dim(operand) for operand in _OPERANDS}
+    if any(dim not in _BLOCK_DIMS or isinstance(dim, bool) for dim in dims.values()):
         raise SettingValueError(f"recipe: block dimensions {dims} are not allowed; each must be 1 or 2.")
     if sum(dim == 2 for dim in dims.values()) > 1:
         raise SettingValueError(

@@ -78,6 +78,12 @@ def test_gradients_of_hybrid_alone_are_e5m2() -> None:
         ({"name": "block", "x_block_scaling_dim": 3}, "must be 1 or 2"),
         ({"name": "block", "x_block_scaling_dim": 2}, "at most one"),
         ({"name": "block", "fp8_quant_fwd_inp": {"power2": True}}, "'power_2_scale', 'amax_epsilon'"),
+        ({"name": "block", "fp8_quant_fwd_inp": {"amax_epsilon": -1}}, "fp8_quant_fwd_inp.amax_epsilon=-1 is not"),
+        ({"name": "current", "fp8_quant_bwd_grad": {"amax_epsilon": torch.inf}}, "must be from 0 to 3.4e"),
+        ({"name": "current", "fp8_quant_bwd_grad": {"amax_epsilon": torch.nan}}, "must be from 0 to 3.4e"),
+        ({"name": "delayed", "margin": -200}, "margin=-200 is not allowed.*from -112 to 134"),
+        ({"name": "delayed", "margin": 2000}, "margin=2000 is not allowed.*from -112 to 134"),
+        ({"name": "block", "x_block_scaling_dim": True}, "must be 1 or 2"),
     ],
 )
 def test_unknown_values_are_refused_with_what_is_allowed(written, message) -> None:
@@ -85,10 +91,44 @@ def test_unknown_values_are_refused_with_what_is_allowed(written, message) -> No
         parse_recipe(written)
 
 
-@pytest.mark.parametrize("written", [3, None, object(), {"name": "delayed", "margin": "0"}])
-def test_wrong_types_are_refused(written) -> None:
-    with pytest.raises(SettingTypeError):
+@pytest.mark.parametrize("margin", [-112, 134])
+def test_largest_margins_leave_the_maximum_of_both_formats_in_fp32(margin) -> None:
+    assert parse_recipe({"name": "delayed", "margin": margin}).margin == margin
+    products = [torch.finfo(dtype).max * 2.0**-margin for dtype in (torch.float8_e4m3fn, torch.float8_e5m2)]
+    assert all(torch.finfo(torch.float32).tiny <= product <= torch.finfo(torch.float32).max for product in products)
+    beyond = margin + (1 if margin > 0 else -1)
+    products = [torch.finfo(dtype).max * 2.0**-beyond for dtype in (torch.float8_e4m3fn, torch.float8_e5m2)]
+    assert not all(torch.finfo(torch.float32).tiny <= p <= torch.finfo(torch.float32).max for p in products)
+
+
+@pytest.mark.parametrize("written", [3, None, object()])
+def test_what_is_no_recipe_is_refused(written) -> None:
+    with pytest.raises(SettingTypeError, match="or a Transformer Engine recipe object"):
         parse_recipe(written)
+
+
+@pytest.mark.parametrize(
+    ("name", "field", "value"),
+    [
+        ("delayed", "margin", "0"),
+        ("delayed", "margin", True),
+        ("delayed", "reduce_amax", "off"),
+        ("delayed", "reduce_amax", 0),
+        ("delayed", "scaling_factor_compute_algo", "fast"),
+        ("current", "use_power_2_scales", "no"),
+        ("block", "use_f32_scales", 1),
+    ],
+)
+def test_wrong_type_of_a_field_is_refused_with_its_name(name, field, value) -> None:
+    with pytest.raises(SettingTypeError, match=f"recipe: {field}={value!r} is a {type(value).__name__}; it must be"):
+        parse_recipe({"name": name, field: value})
+
+
+@pytest.mark.parametrize(("key", "value"), [("amax_epsilon", "x"), ("amax_epsilon", True), ("power_2_scale", "yes")])
+@pytest.mark.parametrize("name", ["current", "block"])
+def test_wrong_type_inside_quantization_settings_is_refused_with_its_path(name, key, value) -> None:
+    with pytest.raises(SettingTypeError, match=f"recipe: fp8_quant_fwd_weight.{key}={value!r} is a"):
+        parse_recipe({"name": name, "fp8_quant_fwd_weight": {key: value}})
 
 
 class Format(Enum):
