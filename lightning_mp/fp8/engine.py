@@ -103,7 +103,9 @@ class FP8Engine:
             raise UnsupportedError(_nothing_text(module, self.rows))
         for row, layer in planned:
             if row.converted:
-                layer.__dict__["_fp8"] = self._new_backend()
+                layer.__dict__["_fp8"] = backend = self._new_backend()
+                if self._has_delayed_scaling:
+                    backend.refuse_tracing = _raise_when_traced(_compiled_text(row.fqn))
                 layer.__class__ = FP8Linear
                 self._layers[row.fqn] = layer
         if not self._is_loaded:
@@ -362,12 +364,37 @@ def _refuse_compiled(module: nn.Module) -> None:
     for fqn, inner in module.named_modules():
         # Module.compile sets the first; Lightning sets the second when it unwraps a compiled LightningModule.
         marks = (getattr(inner, name, None) for name in ("_compiled_call_impl", "_compiler_ctx"))
-        is_compiled = any(mark is not None for mark in marks)
+        is_compiled = any(mark is not None for mark in marks) or any(map(_is_compiled_method, _methods(inner)))
         if is_compiled or isinstance(inner, torch._dynamo.eval_frame.OptimizedModule):
-            raise UnsupportedError(
-                f"recipe='delayed' cannot run under torch.compile ({fqn or type(module).__name__} is compiled): its "
-                "history changes at every step. Use recipe='current', or do not compile."
-            )
+            raise UnsupportedError(_compiled_text(fqn or type(module).__name__))
+
+
+def _compiled_text(name: str) -> str:
+    return (
+        f"recipe='delayed' cannot run under torch.compile ({name} is compiled): its history changes at every step. "
+        "Use recipe='current', or do not compile."
+    )
+
+
+def _methods(module: nn.Module) -> Iterator[Any]:
+    """Yield the methods that compute: a LightningModule has some beside ``forward``."""
+    for name in ("forward", "training_step", "validation_step", "test_step", "predict_step"):
+        yield getattr(module, name, None)
+
+
+def _is_compiled_method(method: Any) -> bool:
+    # torch.compile leaves the first mark on what it returns, torch.compiler.disable both (2.13).
+    return hasattr(method, "_torchdynamo_orig_callable") and not getattr(method, "_torchdynamo_disable", False)
+
+
+def _raise_when_traced(text: str) -> Callable[[], None]:
+    """Return a function that raises in a compiled call, which tracing by itself would not let out."""
+
+    def refuse() -> None:
+        raise UnsupportedError(text)
+
+    # Run eagerly between two graphs; with fullgraph=True the compiler refuses it and says the reason.
+    return torch._dynamo.disable(refuse, reason=text)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def _nothing_text(module: nn.Module, rows: tuple[LayerRow, ...]) -> str:

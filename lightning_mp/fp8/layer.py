@@ -52,6 +52,7 @@ class LayerBackend:
         demoted: Why the layer was moved back to 16 bits; empty while it runs in FP8.
         measured: What ``statistics.measure_cast`` returned for each operand while casts are measured.
         weight_casts: How often the weight was cast to FP8, compiled calls not counted.
+        refuse_tracing: Raises the error of a recipe that cannot be compiled; ``None`` for one that can.
     """
 
     def __init__(self, settings: LayerSettings) -> None:
@@ -59,6 +60,7 @@ class LayerBackend:
         self.demoted = ""
         self.measured: dict[Operand, Tensor] = {}
         self.weight_casts = 0
+        self.refuse_tracing: Callable[[], None] | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
         """Stay behind: a copy of a layer is in no engine's hands."""
@@ -120,6 +122,8 @@ class FP8Linear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         if self._fp8 is None or not self._fp8.is_active(self, input):
             return nn.functional.linear(input, self.weight, self.bias)
+        if self._fp8.refuse_tracing is not None and torch.compiler.is_compiling():
+            self._fp8.refuse_tracing()
         return self._fp8.forward(self, input)
 
     def __reduce_ex__(self, protocol: Any) -> Any:

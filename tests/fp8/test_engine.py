@@ -264,6 +264,45 @@ def test_compiled_model_is_refused_with_delayed_scaling_only() -> None:
         converted(model)
 
 
+class CompiledForward(nn.Sequential):
+    @torch.compile(backend="eager")
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x)
+
+
+def test_model_with_a_compiled_method_is_refused_with_delayed_scaling_only() -> None:
+    by_class, by_instance, disabled = nn.Sequential(CompiledForward(*body())), body(), body()
+    by_instance.forward = torch.compile(by_instance.forward, backend="eager")
+    for model, name in ((by_class, "0"), (by_instance, "Sequential")):
+        with pytest.raises(UnsupportedError, match=rf"delayed.*\({name} is compiled\).*recipe='current'"):
+            converted(model, "delayed")
+        assert not any(isinstance(m, FP8Linear) for m in model.modules())
+        converted(model)
+    # What torch.compiler.disable returns carries the same mark.
+    disabled.forward = torch.compiler.disable(disabled.forward)
+    converted(disabled, "delayed")
+    loss_of(disabled, torch.randn(4, 32))
+
+
+@pytest.mark.parametrize("fullgraph", [False, True])
+@pytest.mark.parametrize("how", ["module", "method", "function"])
+def test_model_compiled_after_conversion_is_refused_at_its_first_call(how, fullgraph) -> None:
+    torch._dynamo.reset()
+    model = body()
+    converted(model, "delayed")
+    settings = {"backend": "aot_eager", "fullgraph": fullgraph}
+    if how == "module":
+        model.compile(**settings)
+        compiled = model
+    else:
+        compiled = torch.compile(model.forward if how == "method" else lambda x: model(x), **settings)
+    # With fullgraph=True the error is the compiler's, with our text in it.
+    error = torch._dynamo.exc.Unsupported if fullgraph else UnsupportedError
+    with pytest.raises(error, match=r"recipe='delayed' cannot run under torch.compile \(0 is compiled\)"):
+        loss_of(compiled, torch.randn(4, 32))
+    loss_of(model.forward, torch.randn(4, 32)) if how == "module" else loss_of(model, torch.randn(4, 32))
+
+
 def test_model_compiled_before_conversion_runs_in_fp8() -> None:
     torch._dynamo.reset()
     model = body()
