@@ -30,7 +30,9 @@ class FP8Config:
         include: Classes and dotted-name patterns of modules to convert; ``None`` for all.
         skip_output_head: Whether the Linear that shares an embedding's weight, else the last one in
             registration order, stays in 16 bits.
-        fp8_in_eval: Whether modules in evaluation mode use FP8 as well.
+        fp8_in_eval: Whether modules in evaluation mode use FP8 as well. If not, that goes for training steps
+            too: a frozen backbone that was put in ``eval()`` runs in BF16. Delayed scaling learns its scales
+            in training mode only.
         cache_weights: Whether a weight is cast once per optimizer step, not once per forward.
 
     Raises:

@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -17,19 +18,23 @@ __all__ = ["ALIGNMENT", "CONVERTED", "PINNED", "Coverage", "LayerRow", "brings_t
 ALIGNMENT = 16
 CONVERTED = "FP8"
 PINNED = "pinned to FP32"
+_ATTENTION = "nn.MultiheadAttention multiplies by its in_proj_weight itself"
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+_Module = TypeVar("_Module", bound=nn.Module)
 
 
 @dataclass(frozen=True)
 class LayerRow:
-    """One Linear layer of a model.
+    """One Linear layer of a model, or the input projection of an ``nn.MultiheadAttention``.
 
     Args:
         fqn: Full dotted name, the first one of a shared layer.
         converted: Whether it runs in FP8.
         reason: Why, or why not.
-        in_features: Width of its input.
+        in_features: Width of its input; 0 where it is not known yet.
         out_features: Width of its output.
+        is_linear: Whether it is a Linear layer.
     """
 
     fqn: str
@@ -37,6 +42,7 @@ class LayerRow:
     reason: str
     in_features: int
     out_features: int
+    is_linear: bool = True
 
 
 @dataclass(frozen=True)
@@ -46,7 +52,8 @@ class Coverage:
     Args:
         num_converted: Linear layers in FP8.
         num_layers: Linear layers in all.
-        flops_share: Share of the multiplications of all Linear layers, per row of input, in [0, 1].
+        flops_share: Share of the multiplications of all Linear layers and of the input projections of
+            ``nn.MultiheadAttention``, per row of input, in [0, 1].
     """
 
     num_converted: int
@@ -57,10 +64,11 @@ class Coverage:
     def of(cls, rows: Iterable[LayerRow]) -> "Coverage":
         """Count over rows."""
         rows = list(rows)
+        num_layers = sum(row.is_linear for row in rows)
         converted = [row for row in rows if row.converted]
         total = sum(row.in_features * row.out_features for row in rows)
         share = sum(row.in_features * row.out_features for row in converted) / total if total else 0.0
-        return cls(len(converted), len(rows), share)
+        return cls(len(converted), num_layers, share)
 
     def __str__(self) -> str:
         return f"{self.num_converted} of {self.num_layers} Linear layers, {self.flops_share:.1%} of GEMM FLOPs, in FP8"
@@ -73,7 +81,7 @@ def brings_transformer_engine(model: nn.Module) -> bool:
 
 def plan_layers(
     model: nn.Module, config: FP8Config, *, keep: Collection[nn.Module] = ()
-) -> list[tuple[LayerRow, nn.Linear]]:
+) -> list[tuple[LayerRow, nn.Module]]:
     """Decide for each Linear layer whether it can run in FP8.
 
     Args:
@@ -82,7 +90,8 @@ def plan_layers(
         keep: Modules that stay in FP32, with what they contain.
 
     Returns:
-        A row and the layer for each ``nn.Linear``, in registration order, each object once.
+        A row and the layer for each ``nn.Linear``, in registration order, each object once; then a row and
+        the module for each ``nn.MultiheadAttention``, which multiplies by a weight of its own.
 
     Raises:
         UnmatchedPatternError: If an item of ``include`` or ``exclude`` selects nothing.
@@ -91,10 +100,10 @@ def plan_layers(
     included = None
     if config.include is not None:
         included = _inside(select_modules(model, config.include, argument="include").values())
-    layers = _linear_layers(model)
+    layers = _first_names(model, nn.Linear)
     heads = _output_heads(model, layers) if config.skip_output_head else {}
     kept, is_foreign = _inside(keep), brings_transformer_engine(model)
-    planned = []
+    planned: list[tuple[LayerRow, nn.Module]] = []
     for fqn, layer in layers.items():
         reason = (
             ("the model brings layers of Transformer Engine and is left as it is" if is_foreign else "")
@@ -106,15 +115,20 @@ def plan_layers(
         )
         row = LayerRow(fqn, not reason, reason or CONVERTED, layer.in_features, layer.out_features)
         planned.append((row, layer))
+    for fqn, attention in _first_names(model, nn.MultiheadAttention).items():
+        width = attention.embed_dim
+        # Query, key and value: three products of width by their own.
+        row = LayerRow(fqn, False, _ATTENTION, width, width + attention.kdim + attention.vdim, is_linear=False)
+        planned.append((row, attention))
     return planned
 
 
-def _linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
-    first_names: dict[nn.Linear, str] = {}
+def _first_names(model: nn.Module, kind: type[_Module]) -> dict[str, _Module]:
+    first_names: dict[_Module, str] = {}
     for fqn, module in named_inner_modules(model).items():
-        if isinstance(module, nn.Linear) and not isinstance(module, nn.LazyLinear):
+        if isinstance(module, kind):
             first_names.setdefault(module, fqn)
-    return {fqn: layer for layer, fqn in first_names.items()}
+    return {fqn: module for module, fqn in first_names.items()}
 
 
 def _inside(modules: Iterable[nn.Module]) -> set[nn.Module]:
@@ -133,6 +147,8 @@ def _output_heads(model: nn.Module, layers: dict[str, nn.Linear]) -> dict[nn.Mod
 
 def _ineligible(layer: nn.Linear) -> str:
     """Say what keeps a layer from FP8 whatever the settings; empty if nothing does."""
+    if isinstance(layer, nn.LazyLinear):
+        return "a LazyLinear without a shape at setup (run a batch through the model before fit)"
     if type(layer) not in (nn.Linear, FP8Linear):
         return f"a {type(layer).__name__}, which is a subclass of nn.Linear with ways of its own"
     weight = layer._parameters.get("weight")

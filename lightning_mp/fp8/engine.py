@@ -84,7 +84,7 @@ class FP8Engine:
             keep: Modules that stay in FP32, with what they contain.
 
         Returns:
-            What became of each Linear layer; also in ``rows``.
+            What became of each Linear layer, and of what else multiplies by a weight; also in ``rows``.
 
         Raises:
             UnsupportedError: If no layer is eligible, or a compiled model is to use delayed scaling.
@@ -102,7 +102,7 @@ class FP8Engine:
         if not any(row.converted for row in self.rows) and (self.is_emulated or not brings_transformer_engine(module)):
             raise UnsupportedError(_nothing_text(module, self.rows))
         for row, layer in planned:
-            if row.converted:
+            if row.converted and isinstance(layer, nn.Linear):
                 layer.__dict__["_fp8"] = backend = self._new_backend()
                 if self._has_delayed_scaling:
                     backend.refuse_tracing = _raise_when_traced(_compiled_text(row.fqn))
@@ -173,6 +173,12 @@ class FP8Engine:
     def demoted(self) -> dict[str, str]:
         """Layers that were moved back to 16 bits, with the reason."""
         return {fqn: layer._fp8.demoted for fqn, layer in self._converted() if layer._fp8.demoted}
+
+    @property
+    def resting(self) -> set[str]:
+        """Converted layers that are in evaluation mode now, which without ``fp8_in_eval`` is not in FP8."""
+        is_resting = not self.config.fp8_in_eval
+        return {fqn for fqn, layer in self._converted() if is_resting and not layer.training}
 
     def _converted(self) -> list[tuple[str, FP8Linear]]:
         return [(fqn, layer) for fqn, layer in self._layers.items() if isinstance(layer, FP8Linear)]
@@ -399,6 +405,7 @@ def _raise_when_traced(text: str) -> Callable[[], None]:
 
 def _nothing_text(module: nn.Module, rows: tuple[LayerRow, ...]) -> str:
     name = type(module).__name__
+    rows = tuple(row for row in rows if row.is_linear)
     if not rows:
         return f"precision='fp8' found no Linear layer in {name}: nothing would run in FP8. Use precision='bf16'."
     shown = "; ".join(f"{row.fqn or name}: {row.reason}" for row in rows[:5])

@@ -15,6 +15,7 @@ from lightning_mp.precision.notices import notice
 __all__ = ["FP8Region", "convert_to_fp8", "fp8_reasons", "new_fp8_engine"]
 
 _MAX_NAMED = 3
+_RESTING = "in evaluation mode, which runs in BF16 (fp8_in_eval=False)"
 
 
 def new_fp8_engine(policy: PrecisionPolicy) -> FP8Engine | None:
@@ -32,13 +33,21 @@ def convert_to_fp8(engine: FP8Engine, module: nn.Module, pinned: Iterable[nn.Par
     more = f" and {len(left) - _MAX_NAMED} more" if len(left) > _MAX_NAMED else ""
     outside = f" Not in FP8: {'; '.join(left[:_MAX_NAMED])}{more}." if left else ""
     backend = "emulated" if engine.is_emulated else "Transformer Engine"
-    notice(f"FP8 with recipe {engine.recipe.name!r} ({backend}): {engine.coverage}.{outside}")
+    resting = f" Now {_RESTING}: {len(engine.resting)}." if engine.resting else ""
+    notice(f"FP8 with recipe {engine.recipe.name!r} ({backend}): {engine.coverage}.{resting}{outside}")
 
 
 def fp8_reasons(engine: FP8Engine) -> dict[str, tuple[bool, str]]:
     """Return for each Linear layer whether it runs in FP8, and why; after a run, whether it did."""
     if engine.is_converted:
-        return {row.fqn: (row.converted, row.reason) for row in engine.rows}
+        resting = engine.resting
+        return {
+            row.fqn: (
+                row.converted,
+                f"{row.reason} once in training mode; now {_RESTING}" if row.fqn in resting else row.reason,
+            )
+            for row in engine.rows
+        }
     # Pins end with the run as well, and leave no word.
     rows = [row for row in engine.rows if row.reason != PINNED]
     ended = "in the last run; an ordinary layer now"

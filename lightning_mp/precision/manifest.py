@@ -23,7 +23,7 @@ _PRODUCTS = (
 
 @dataclass(frozen=True)
 class ManifestRow:
-    """One module that owns parameters, or that is pinned or converted.
+    """One module that owns parameters, or that is pinned, or that FP8 was asked for.
 
     Args:
         fqn: Full dotted name of the module.
@@ -58,12 +58,12 @@ def build_manifest(
     pinned: frozenset[str] = frozenset(),
     fp8_reasons: Mapping[str, tuple[bool, str]] | None = None,
 ) -> list[ManifestRow]:
-    """Return a row per module that owns parameters or is pinned, in registration order."""
+    """Return a row per module that owns parameters, is pinned or has a reason from FP8, in registration order."""
     rows = []
     seen: set[int] = set()
     for fqn, child in module.named_modules():
         params = [p for p in child.parameters(recurse=False) if not isinstance(p, nn.UninitializedParameter)]
-        if not params and fqn not in pinned:
+        if not params and fqn not in pinned and fqn not in (fp8_reasons or {}):
             continue
         own = [p for p in params if id(p) not in seen]
         seen.update(id(p) for p in own)

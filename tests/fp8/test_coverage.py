@@ -40,6 +40,7 @@ def test_each_layer_has_a_row_with_its_reason() -> None:
         "adapter": f"a Adapter, {OWN_WAYS}",
         "attention.out_proj": f"a NonDynamicallyQuantizableLinear, {OWN_WAYS}",
         "head": "output head: the last Linear layer (skip_output_head)",
+        "attention": "nn.MultiheadAttention multiplies by its in_proj_weight itself",
     }
 
 
@@ -102,8 +103,20 @@ def test_both_sizes_are_named_with_what_would_qualify() -> None:
     assert "out_features=15 is not a multiple of 16 (16 would be)" in found
 
 
-def test_lazy_layers_without_a_shape_are_passed_over() -> None:
-    assert list(reasons(nn.Sequential(nn.LazyLinear(16), nn.Linear(16, 16)))) == ["1"]
+def test_lazy_layer_has_a_row_with_the_reason_until_it_has_a_shape() -> None:
+    model = nn.Sequential(nn.LazyLinear(16), nn.Linear(16, 16))
+    assert reasons(model)["0"] == "a LazyLinear without a shape at setup (run a batch through the model before fit)"
+    model(torch.randn(2, 16))
+    assert reasons(model)["0"] == "FP8"
+
+
+@pytest.mark.parametrize(("kdim", "vdim"), [(None, None), (16, 48)])
+def test_flops_count_the_input_projection_of_attention_and_layers_do_not(kdim, vdim) -> None:
+    model = nn.ModuleList([nn.MultiheadAttention(32, 2, kdim=kdim, vdim=vdim), nn.Linear(32, 64), nn.Linear(64, 32)])
+    rows = [row for row, _ in plan_layers(model, FP8Config(skip_output_head=False))]
+    # Multiplications per row of input: query, key, value and output of attention, and the two layers in FP8.
+    attention = 32 * 32 + 32 * (kdim or 32) + 32 * (vdim or 32) + 32 * 32
+    assert Coverage.of(rows) == Coverage(2, 3, 2 * 32 * 64 / (2 * 32 * 64 + attention))
 
 
 def test_coverage_counts_layers_and_multiplications() -> None:

@@ -358,6 +358,51 @@ def test_manifest_after_fit_still_tells_what_ran_in_fp8() -> None:
     assert not any(row.fp8 for row in refused.manifest())
 
 
+@pytest.mark.filterwarnings("ignore:Found 1 module.s. in eval mode")  # Lightning says so, rightly
+def test_layer_that_the_user_put_in_evaluation_mode_is_said_to_run_in_bf16(caplog) -> None:
+    class Frozen(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body[0].eval()
+
+        def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+            self.rows = {row.fqn: row.reason for row in self.trainer.precision_plugin.manifest()}
+            loss = super().training_step(batch, batch_idx)
+            self.casts = self.trainer.precision_plugin.fp8_engine.weight_casts
+            return loss
+
+    model = Frozen()
+    with caplog.at_level(logging.INFO):
+        fit(model, plugin())
+    said = "in evaluation mode, which runs in BF16 (fp8_in_eval=False)"
+    assert f"in FP8. Now {said}: 1." in caplog.text
+    assert model.rows["body.0"] == f"FP8 once in training mode; now {said}"
+    assert model.rows["body.2"] == "FP8"
+    assert model.casts == {"body.0": 0, "body.2": 5}
+    model, precision = Frozen(), plugin(fp8_in_eval=True)
+    fit(model, precision)
+    assert model.rows["body.0"] == "FP8"
+    assert model.casts["body.0"] == 5
+
+
+def test_lazy_layer_stands_in_the_manifest(caplog) -> None:
+    class Lazy(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body[2] = nn.LazyLinear(WIDTH)
+
+        def on_train_start(self) -> None:
+            self.rows = {row.fqn: row for row in self.trainer.precision_plugin.manifest()}
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.body[0].parameters(), lr=self.lr)
+
+    model = Lazy()
+    fit(model, plugin(), max_steps=1)
+    row = model.rows["body.2"]
+    assert (row.fp8, row.num_params, row.reason[:12]) == (False, 0, "a LazyLinear")
+
+
 def test_model_built_in_configure_model_is_converted() -> None:
     class Late(Net):
         def __init__(self) -> None:
