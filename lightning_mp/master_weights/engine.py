@@ -16,10 +16,11 @@ from lightning_mp.errors import SettingValueError
 from lightning_mp.master_weights.checkpoints import install_hooks
 from lightning_mp.master_weights.ddp import FP32Reducer
 from lightning_mp.master_weights.gradients import Gradients
-from lightning_mp.master_weights.masters import CopyMaster, Master, NoMaster, SplitMaster
+from lightning_mp.master_weights.masters import CopyMaster, Master, NoMaster
 from lightning_mp.master_weights.optimizers import check_optimizer, upcast_state_
 from lightning_mp.master_weights.plan import params_to_cast, widen_norms_
 from lightning_mp.master_weights.split import flat_view
+from lightning_mp.master_weights.split_master import SplitMaster
 from lightning_mp.master_weights.stepping import MasterStep
 from lightning_mp.master_weights.strangers import StrangerGuard
 

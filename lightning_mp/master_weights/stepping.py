@@ -10,6 +10,7 @@ state to the dtype of the parameter.
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from types import MethodType
 from typing import Any
 
@@ -18,19 +19,23 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_mp.master_weights.gradients import Gradients
-from lightning_mp.master_weights.masters import CopyMaster, Master, NoMaster, SplitMaster
+from lightning_mp.master_weights.masters import CopyMaster, Master, NoMaster
 from lightning_mp.master_weights.scratch import Scratch
+from lightning_mp.master_weights.split_master import SplitMaster
 from lightning_mp.master_weights.strangers import has_step_hooks
 
 __all__ = ["MasterStep"]
 
 _HOOKS = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
 
+# Schedule-free optimizers average the weights in these.
+_SWITCHES = ("train", "eval")
+
 _Bucket = list[tuple[int, nn.Parameter]]
 
 
 class MasterStep:
-    """Replace ``optimizer.step`` and ``optimizer.load_state_dict`` of one instance.
+    """Replace ``step``, ``load_state_dict`` and, where it has them, ``train`` and ``eval`` of one optimizer.
 
     Args:
         optimizer: Any optimizer that treats each parameter for itself.
@@ -55,16 +60,21 @@ class MasterStep:
         self._gradients = gradients
         self._bucket_numel = bucket_numel
         self._before_step = before_step
-        self._own = {name: vars(optimizer).get(name) for name in ("step", "load_state_dict")}
-        self._inner_step = self._find_inner_step()
+        switches = [name for name in _SWITCHES if callable(getattr(optimizer, name, None))]
+        self._own = {name: vars(optimizer).get(name) for name in ("step", "load_state_dict", *switches)}
+        self._switches = {
+            name: self._own[name] or MethodType(getattr(type(optimizer), name), optimizer) for name in switches
+        }
+        #: The author's step without hooks and schedulers' wrappers.
+        self.inner_step = self._find_step()
         self._inner_load = self._own["load_state_dict"] or MethodType(type(optimizer).load_state_dict, optimizer)
         self._installed: dict[str, Any] = {}
 
     def install(self) -> None:
-        """Replace the two methods of the instance."""
+        """Replace the methods of the instance."""
 
         def step(optimizer: Optimizer, closure: Callable[[], Any] | None = None, **kwargs: Any) -> Any:
-            return self._step(closure, kwargs)
+            return self.run(closure, **kwargs)
 
         def load_state_dict(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
             self._load_state_dict(state_dict)
@@ -76,12 +86,14 @@ class MasterStep:
                 self._show_gradients()
             return hooked(optimizer, *args, **kwargs)
 
-        # `_step` sets what a scheduler's wrapper would set.
+        # `run` sets what a scheduler's wrapper would set.
         prepared._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
         self._installed = {
             "step": MethodType(prepared, self.optimizer),
             "load_state_dict": MethodType(load_state_dict, self.optimizer),
         }
+        for name in self._switches:
+            self._installed[name] = partial(self._switch, name)
         vars(self.optimizer).update(self._installed)
 
     def remove(self) -> None:
@@ -95,7 +107,7 @@ class MasterStep:
             else:
                 attributes[name] = self._own[name]
 
-    def _find_inner_step(self) -> Callable[..., Any]:
+    def _find_step(self) -> Callable[..., Any]:
         """Return the step to call per bucket: without hooks and schedulers' wrappers, which come once."""
         own = self._own["step"]
         if own is not None and not hasattr(own, "_wrapped_by_lr_sched"):
@@ -110,31 +122,40 @@ class MasterStep:
         params = (param for group in self.optimizer.param_groups for param in group["params"])
         self._gradients.widen_(param for param in params if param in self._masters)
 
-    def _step(self, closure: Callable[[], Any] | None, kwargs: dict[str, Any]) -> Any:
+    def run(self, closure: Callable[[], Any] | None = None, **kwargs: Any) -> Any:
+        """Step once, without hooks: the closure, then the author's step on the stand-ins of each bucket."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         self._before_step()
         vars(self.optimizer)["_opt_called"] = True
+        result = self._on_stand_ins(partial(self.inner_step, **kwargs), list(self._buckets(_has_gradient)))
+        return result if loss is None else loss
+
+    def _switch(self, name: str, *args: Any, **kwargs: Any) -> Any:
+        """Call a method that moves weights between steps, on the stand-ins of all parameters."""
+        call = partial(self._switches[name], *args, **kwargs)
+        return self._on_stand_ins(call, list(self._buckets(lambda _: True)))
+
+    def _on_stand_ins(self, call: Callable[[], Any], buckets: list[_Bucket]) -> Any:
         result = None
-        buckets = list(self._buckets())
         shared = _SharedState(self.optimizer) if len(buckets) > 1 else None
         scratch = Scratch()
         with _without_hooks(self.optimizer):
             for index, bucket in enumerate(buckets):
                 if shared is not None and index > 0:
                     shared.rewind_()
-                result = self._step_bucket(bucket, scratch, kwargs)
-        return result if loss is None else loss
+                result = self._call_on_bucket(bucket, scratch, call)
+        return result
 
-    def _buckets(self) -> Iterator[_Bucket]:
-        """Yield parameters with gradients, a bucket's worth of one device at a time; one empty if there are none."""
+    def _buckets(self, concerns: Callable[[nn.Parameter], bool]) -> Iterator[_Bucket]:
+        """Yield the parameters concerned, a bucket's worth of one device at a time; one empty if there are none."""
         bucket: _Bucket = []
         numel = 0
         for index, group in enumerate(self.optimizer.param_groups):
             for param in group["params"]:
-                if param.grad is None:
+                if not concerns(param):
                     continue
                 is_full = numel + param.numel() > self._bucket_numel
                 if bucket and (is_full or param.device != bucket[0][1].device):
@@ -144,7 +165,7 @@ class MasterStep:
                 numel += param.numel()
         yield bucket
 
-    def _step_bucket(self, bucket: _Bucket, scratch: Scratch, kwargs: dict[str, Any]) -> Any:
+    def _call_on_bucket(self, bucket: _Bucket, scratch: Scratch, call: Callable[[], Any]) -> Any:
         optimizer, state = self.optimizer, self.optimizer.state
         own_params = [group["params"] for group in optimizer.param_groups]
         stand_ins = self._stand_ins([param for _, param in bucket], scratch)
@@ -152,7 +173,7 @@ class MasterStep:
             for index, group in enumerate(optimizer.param_groups):
                 group["params"] = [stand_ins[param] for number, param in bucket if number == index]
             optimizer.state = _state_for(state, stand_ins)
-            return self._inner_step(**kwargs)
+            return call()
         finally:
             # After an error too: what the optimizer wrote to masters so far must not look like a
             # write from outside to the parameters.
@@ -208,6 +229,10 @@ class MasterStep:
             return param
         scalar = torch.zeros((), dtype=torch.float32, device=param.device)
         return nn.Parameter(scalar.expand(param.shape), requires_grad=param.requires_grad)
+
+
+def _has_gradient(param: nn.Parameter) -> bool:
+    return param.grad is not None
 
 
 class _SharedState:

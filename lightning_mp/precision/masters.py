@@ -14,7 +14,7 @@ from lightning_mp.master_weights import MasterWeights
 from lightning_mp.policy import PrecisionPolicy
 from lightning_mp.precision.dispatch import is_module_hook_overridden
 
-__all__ = ["attach_masters", "check_averaging", "new_masters"]
+__all__ = ["attach_masters", "check_averaging", "forward_switches", "new_masters"]
 
 # By name: WeightAveraging and EMAWeightAveraging came with Lightning 2.6.
 _AVERAGING = ("WeightAveraging", "StochasticWeightAveraging")
@@ -74,6 +74,17 @@ def attach_masters(
         reduce_dtype=policy.reduce_torch_dtype,
     )
     masters.gradients.shows_clipped = trainer is not None and _may_read_gradients_after_step(trainer)
+
+
+def forward_switches(wrappers: Iterable[Any]) -> None:
+    """Let ``self.optimizers().eval()`` reach the optimizer; Lightning's wrapper would run the method on itself."""
+    for wrapper in wrappers:
+        optimizer = vars(wrapper)["_optimizer"]
+        for name in ("train", "eval"):
+            if callable(getattr(optimizer, name, None)):
+                vars(wrapper)[name] = lambda *args, _name=name, _on=optimizer, **kwargs: getattr(_on, _name)(
+                    *args, **kwargs
+                )
 
 
 def _needs_fp32_gradients(trainer: Any) -> bool:

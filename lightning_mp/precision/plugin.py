@@ -33,7 +33,7 @@ from lightning_mp.precision.culprit import first_nonfinite_parameter
 from lightning_mp.precision.dispatch import call_hooks, is_module_hook_overridden
 from lightning_mp.precision.fp8 import convert_to_fp8, fp8_reasons, new_fp8_engine
 from lightning_mp.precision.manifest import ManifestRow, build_manifest
-from lightning_mp.precision.masters import attach_masters, check_averaging, new_masters
+from lightning_mp.precision.masters import attach_masters, check_averaging, forward_switches, new_masters
 from lightning_mp.precision.notices import notice, notice_once
 from lightning_mp.precision.ranks import any_rank, compress_reduction, is_sharded
 from lightning_mp.precision.region import StepRegions
@@ -390,6 +390,8 @@ class MixedPrecision(StepRegions, FSDPPrecision):  # type: ignore[misc]  # Light
         if self._is_first_step:
             self._is_first_step = False
             self._ledger.begin(model.trainer.global_step)
+            if self._masters is not None:
+                forward_switches(model.trainer.strategy._lightning_optimizers)
         if self._masters is not None:
             self._masters.adopt(optimizer)  # one made in mid-fit; others are known
         result = self._stepper.step(optimizer, closure, lambda o: self._after_closure(model, o), kwargs)

@@ -54,3 +54,34 @@ def test_a_raw_step_of_a_fresh_optimizer_is_refused_and_leaves_nothing_behind(mo
         fit(mode, model)
     assert all(torch.equal(param, start) for param, start in zip(model.parameters(), weights(Net()), strict=True))
     assert dict(torch_hooks._global_optimizer_pre_hooks) == before
+
+
+class Averaging(torch.optim.Optimizer):
+    """As schedule-free optimizers do: ``eval`` moves the weights between steps."""
+
+    def __init__(self, params: Any, lr: float) -> None:
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for param in self.param_groups[0]["params"]:
+            if param.grad is not None:
+                z = self.state[param].setdefault("z", param.detach().clone())
+                param.lerp_(z.sub_(param.grad, alpha=self.param_groups[0]["lr"]), 0.3)
+
+    @torch.no_grad()
+    def eval(self) -> None:
+        for param in self.param_groups[0]["params"]:
+            param.lerp_(self.state[param]["z"], 0.5)
+
+
+@pytest.mark.parametrize("through", ["self.optimizers", "trainer.optimizers"])
+def test_eval_of_a_schedule_free_optimizer_reaches_the_masters(through: str) -> None:
+    class Evaluating(Net):
+        def on_train_epoch_end(self) -> None:
+            (self.optimizers() if through == "self.optimizers" else self.trainer.optimizers[0]).eval()
+
+    runs = [fit(mode, Evaluating(Averaging, lr=1e-6))[0] for mode in (*MASTERS, "params")]
+    for copied, split, wide, start in zip(*(run.parameters() for run in runs), weights(Net()), strict=True):
+        assert torch.equal(copied, split)
+        assert (copied - wide).norm() <= 0.1 * (wide - start).norm() + 1e-7

@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_mp.master_weights.masters import CopyMaster, Master, NoMaster, SplitMaster
+from lightning_mp.master_weights.masters import CopyMaster, Master, NoMaster
 from lightning_mp.master_weights.scratch import Scratch
+from lightning_mp.master_weights.split_master import SplitMaster
 
 KINDS = [CopyMaster, SplitMaster]
 

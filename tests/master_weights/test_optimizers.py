@@ -101,6 +101,103 @@ def from_package(package: str) -> type[Optimizer]:
     return type("FlashAdamW", (torch.optim.AdamW,), {"__module__": f"{package}.optim"})
 
 
+class LateNorm(GlobalNorm):
+    """Divides by the norm only after a warmup, counted where each kind of optimizer counts."""
+
+    where = "attribute"
+
+    def __init__(self, params: Any, lr: float) -> None:
+        super().__init__(params, lr)
+        self.calls = 0
+        for group in self.param_groups:
+            group["calls"] = 0
+            for param in group["params"]:
+                self.state[param].update(calls=torch.tensor(0.0), sum=torch.zeros_like(param))
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        self.calls += 1
+        late = False
+        for group in self.param_groups:
+            group["calls"] += 1
+            for param in group["params"]:
+                if param.grad is not None:
+                    self.state[param]["calls"].add_(1)
+                    self.state[param]["sum"].add_(param.grad)
+                    counts = {"attribute": self.calls, "group": group["calls"], "state": self.state[param]["calls"]}
+                    late = late or bool(counts[self.where] > 1000)
+        if late:
+            super().step()
+
+
+class LateNormByGroup(LateNorm):
+    where = "group"
+
+
+class LateNormByState(LateNorm):
+    where = "state"
+
+
+class KnowsIds(torch.optim.SGD):
+    def __init__(self, params: Any, lr: float) -> None:
+        super().__init__(params, lr=lr)
+        self.decayed = {id(param) for group in self.param_groups for param in group["params"] if param.dim() > 1}
+
+
+class KnowsKeys(torch.optim.SGD):
+    def __init__(self, params: Any, lr: float) -> None:
+        super().__init__(params, lr=lr)
+        self.index = {param: i for i, param in enumerate(self.param_groups[0]["params"])}
+
+
+class Box:
+    pass
+
+
+class Hides(Optimizer):
+    """Knows one parameter in a place where nobody looks."""
+
+    def __init__(self, params: Any, lr: float) -> None:
+        super().__init__(params, {"lr": lr})
+        self.box = Box()
+        self.box.first = self.param_groups[0]["params"][0]
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for param in self.param_groups[0]["params"]:
+            if param.grad is not None:
+                param.sub_(param.grad, alpha=2.0 if param is self.box.first else 1.0)
+
+
+class CachesList(Optimizer):
+    def __init__(self, params: Any, lr: float) -> None:
+        super().__init__(params, {"lr": lr})
+        self.cached: list[Any] = []
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        self.cached = self.cached or [param for group in self.param_groups for param in group["params"]]
+        for param in self.cached:
+            if param.grad is not None:
+                param.sub_(param.grad, alpha=self.param_groups[0]["lr"])
+
+
+class CachesFlat(Optimizer):
+    def __init__(self, params: Any, lr: float) -> None:
+        super().__init__(params, {"lr": lr})
+        self.flat: Any = None
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        grads = [param.grad.flatten() for group in self.param_groups for param in group["params"]]
+        if grads:
+            flat = torch.cat(grads)
+            self.flat = flat if self.flat is None else self.flat * 0.9 + flat
+            params = self.param_groups[0]["params"]
+            for param, part in zip(params, self.flat.split([g.numel() for g in grads]), strict=True):
+                param.sub_(part.view(param.shape), alpha=self.param_groups[0]["lr"])
+
+
 CASES: dict[str, tuple[Any, str]] = {
     "lbfgs": (torch.optim.LBFGS, r"LBFGS mixes all parameters in one direction vector. Use an optimizer of torch"),
     "flat": (FlatBuffer, r"FlatBuffer.flat holds parameters or a flat buffer outside of param_groups"),
@@ -108,6 +205,17 @@ CASES: dict[str, tuple[Any, str]] = {
     "wrapper": (Lookahead, r"Lookahead.base_optimizer holds another optimizer \(SGD\)"),
     "norm": (GlobalNorm, r"GlobalNorm updates one parameter by what it sees of the others, as a norm over all"),
     "estimate": (Estimating, r"Estimating updates one parameter by what it sees of the others"),
+    "late norm": (LateNorm, r"LateNorm updates one parameter by what it sees of the others"),
+    "late norm by group": (LateNormByGroup, r"LateNormByGroup updates one parameter by what it sees of the others"),
+    "late norm by state": (LateNormByState, r"LateNormByState updates one parameter by what it sees of the others"),
+    "ids": (KnowsIds, r"KnowsIds.decayed knows parameters by their id\(\).*Put what differs into parameter groups"),
+    "keys": (KnowsKeys, r"KnowsKeys.index holds parameters or a flat buffer outside of param_groups"),
+    "hidden": (Hides, r"Hides knows its parameters by identity or keeps values of them from outside its step"),
+    "cached list": (CachesList, r"CachesList keeps a list of parameters or a flat buffer from its first step \(in Ca"),
+    "cached flat": (
+        CachesFlat,
+        r"CachesFlat keeps a list of parameters .* \(in CachesFlat.flat\), outside of par",
+    ),
     "closure": (SAM, r"SAM.step demands a closure, which it may call between two updates"),
     "te": (FusedAdam, r"FusedAdam was built with master_weights=True and keeps masters of its own. Build it with"),
     "flashoptim": (from_package("flashoptim"), r"FlashOptim splits weights into masters itself \(FlashAdamW\). Use it"),
