@@ -16,7 +16,7 @@ from lightning_mp.errors import SettingValueError
 from lightning_mp.master_weights.checkpoints import install_hooks
 from lightning_mp.master_weights.ddp import FP32Reducer
 from lightning_mp.master_weights.gradients import Gradients
-from lightning_mp.master_weights.masters import CopyMaster, Master, NoMaster
+from lightning_mp.master_weights.masters import CopyMaster, Master, NoMaster, cast_param_
 from lightning_mp.master_weights.optimizers import check_optimizer, upcast_state_
 from lightning_mp.master_weights.plan import params_to_cast, widen_norms_
 from lightning_mp.master_weights.split import flat_view
@@ -179,10 +179,11 @@ class MasterWeights:
             self._guard = None
         for handle in self._handles:
             handle.remove()
-        for master in self._masters.values():
-            master.restore_()
+        failed = _restore_all(self._masters.values())
         self._steps, self._handles, self._masters, self._names = {}, [], {}, {}
         self.gradients = Gradients()
+        if failed is not None:
+            raise failed
 
     def fp32_state_dict(self, module: nn.Module) -> dict[str, Any]:
         """Return ``module.state_dict()`` with FP32 values wherever it has floating-point parameters.
@@ -234,6 +235,7 @@ class MasterWeights:
         # DDP sent rank 0's 16-bit weights to all ranks; what belongs to them must follow.
         source = dist.get_global_rank(ddp.process_group, 0)
         for master in self._masters.values():
+            master.is_under_ddp = True
             for tensor in master.tensors():
                 # As bytes: neither gloo nor NCCL knows int16.
                 dist.broadcast(flat_view(tensor).view(torch.uint8), source, group=ddp.process_group)
@@ -279,6 +281,20 @@ def _check_settings(mode: str, param_dtype: torch.dtype, bucket_numel: int) -> N
         )
     if bucket_numel < 1:
         raise SettingValueError(f"bucket_numel: found {bucket_numel!r}; it must be at least 1.")
+
+
+def _restore_all(masters: Iterable[Master]) -> Exception | None:
+    """Give all parameters their FP32 values, also after one that cannot have it; return the first error."""
+    failed = None
+    for master in masters:
+        try:
+            master.restore_()
+        except Exception as error:
+            failed = failed or error
+            value = master.param.detach().to(torch.float32)
+            cast_param_(master.param, torch.float32)
+            master.param.data = value
+    return failed
 
 
 def _flatten_rnn_weights(module: nn.Module) -> None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
+from lightning_mp.errors import UnsupportedError
 from lightning_mp.master_weights.scratch import Scratch
 from lightning_mp.master_weights.split import flat_view, publish_, round_
 
@@ -48,6 +49,8 @@ class Master(ABC):
 
     def __init__(self, param: nn.Parameter, param_dtype: torch.dtype) -> None:
         self.param = param
+        self.is_under_ddp = False
+        self._param_dtype = param_dtype
         value = param.detach().to(torch.float32)
         cast_param_(param, param_dtype)
         self.assign(value)
@@ -87,12 +90,32 @@ class Master(ABC):
     def settle_writes(self) -> None:  # noqa: B027 - only some kinds have anything to note
         """Regard the parameter as published: what was written to it so far is the master's own."""
 
-    def move_(self) -> None:  # noqa: B027 - only some kinds hold tensors
-        """Follow the parameter to its device."""
+    def move_(self) -> None:
+        """Follow the parameter: to its device, and back from another dtype that ``param.data = ...`` gave it."""
+        if self.param.dtype is not self._param_dtype:
+            self._take_whole_()
+
+    def _take_whole_(self) -> None:
+        """Make the value that was assigned through ``.data`` the master's, as it is, and cast the parameter again."""
+        param = self.param
+        if self.is_under_ddp:
+            raise UnsupportedError(
+                f"master_weights: a weight of shape {tuple(param.shape)} was assigned memory of {param.dtype} through "
+                f".data, which disconnects a {self._param_dtype} parameter from DDP, in silence. Write values with "
+                "`with torch.no_grad(): weight.copy_(value)`."
+            )
+        value = param.detach().to(torch.float32, copy=True)
+        grad, grad_dtype = param.grad, param.grad_dtype
+        cast_param_(param, self._param_dtype)
+        param.grad_dtype = grad_dtype
+        param.grad = grad if grad is None or grad_dtype is None else grad.to(grad_dtype)
+        self.assign(value)
 
     def restore_(self) -> None:
         """Give the parameter its FP32 value for good."""
-        value = self.value().clone()
+        is_own = self.param.dtype is not self._param_dtype
+        value = self.param.detach().to(torch.float32) if is_own else self.value()
+        value = value.clone()
         cast_param_(self.param, torch.float32)
         self.param.data = value.to(self.param.device)
 
@@ -143,6 +166,7 @@ class CopyMaster(Master):
         self._publish()
 
     def move_(self) -> None:
+        super().move_()
         master, param = self._master, self.param
         if master.device != param.device or master.stride() != param.stride():
             master.data = torch.empty_like(param, dtype=torch.float32).copy_(master)
@@ -201,6 +225,7 @@ class NoMaster(Master):
     @classmethod
     def load_all(cls, masters: list[Self], scratch: Scratch) -> list[nn.Parameter]:
         for master in masters:
+            master.move_()
             master._stand_in.data = master.param.detach()
         return [master._stand_in for master in masters]
 

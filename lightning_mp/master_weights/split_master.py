@@ -95,14 +95,16 @@ class SplitMaster(Master):
             master._version, master._bit_sum = master.param._version, bit_sum
 
     def move_(self) -> None:
+        super().move_()
         self._lo = _like(self._lo, self.param)
         if self._published is not None:
             self._published = _like(self._published, self.param)
 
     @staticmethod
     def _halves(masters: Sequence["SplitMaster"]) -> tuple[list[Tensor], list[Tensor]]:
-        for master, bit_sum in zip(masters, _bit_sums([master.param for master in masters]), strict=True):
+        for master in masters:
             master.move_()
+        for master, bit_sum in zip(masters, _bit_sums([master.param for master in masters]), strict=True):
             is_written = master._version != master.param._version or master._bit_sum != bit_sum
             if is_written or master._published is not None:
                 master._take_over()

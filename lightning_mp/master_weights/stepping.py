@@ -193,7 +193,9 @@ class MasterStep:
         loaded = type(masters[0]).load_all(masters, scratch)
         grads = self._gradients.fp32_all(mastered, scratch)
         if isinstance(masters[0], NoMaster):
-            grads = [None if grad is None else grad.to(masters[0].param.dtype) for grad in grads]
+            grads = [
+                None if grad is None else grad.to(param.dtype) for grad, param in zip(grads, mastered, strict=True)
+            ]
         for param, stand_in, grad in zip(mastered, loaded, grads, strict=True):
             stand_in.grad = grad
             stand_ins[param] = stand_in

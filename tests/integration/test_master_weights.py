@@ -13,6 +13,7 @@ from lightning.pytorch.callbacks import (
     GradientAccumulationScheduler,
     LearningRateFinder,
     ModelCheckpoint,
+    ModelPruning,
     StochasticWeightAveraging,
 )
 from torch import Tensor, nn
@@ -263,6 +264,16 @@ def test_a_weight_written_by_a_callback_is_not_undone(mode: str) -> None:
 
     model, _ = fit(mode, callbacks=[Zero()])
     assert not bool(model.head.weight.any())
+
+
+@pytest.mark.filterwarnings("ignore:.*log_sparsity.*")
+@pytest.mark.parametrize("mode", MASTERS)
+def test_lightnings_pruning_prunes_the_masters(mode: str) -> None:
+    pruning = ModelPruning("l1_unstructured", amount=0.5, use_global_unstructured=False)
+    model, _ = fit(mode, callbacks=[pruning], max_epochs=3)
+    assert {param.dtype for param in model.parameters()} == {torch.float32}
+    # Half of the elements, three times; what is left of 256 is 32.
+    assert int((model.backbone[3].weight != 0).sum()) == 32
 
 
 @pytest.mark.parametrize("mode", MASTERS)

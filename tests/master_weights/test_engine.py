@@ -192,6 +192,21 @@ def test_a_weight_written_between_steps_is_updated_from_its_new_value(mode: str)
     assert torch.equal(masters.value_of(net.first.weight), torch.full((32, 16), -(2.0**-20)))
 
 
+@pytest.mark.parametrize("mode", ["copy", "split"])
+def test_detach_restores_all_other_weights_after_one_that_cannot_be(mode: str) -> None:
+    net, plain = Net(), Net()
+    masters = MasterWeights(mode)
+    masters.convert_(net)
+    net.first.weight.data = torch.ones(net.first.weight.shape[0], 100, dtype=torch.bfloat16)[
+        :, : net.first.weight.shape[1]
+    ]
+    with pytest.raises(UnsupportedError, match=r"has gaps or shares elements"):
+        masters.detach()
+    for (name, param), expected in zip(net.named_parameters(), plain.parameters(), strict=True):
+        assert param.dtype is torch.float32
+        assert torch.equal(param, torch.ones_like(param) if name == "first.weight" else expected)
+
+
 def test_a_second_backward_makes_16_bit_gradients_fp32_without_being_announced() -> None:
     # As when a callback raises accumulate_grad_batches in mid-run.
     results = []

@@ -97,6 +97,46 @@ def test_a_weight_written_from_outside_is_taken_over_exactly(kind: type[Master],
         assert same_bits(stand_in.detach(), param.detach().float())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16])
+@pytest.mark.parametrize("kind", KINDS)
+def test_memory_of_another_dtype_assigned_through_data_is_taken_over_whole_and_cast_back(
+    kind: type[Master], dtype: torch.dtype
+) -> None:
+    param, master, _ = make(kind)
+    grad = torch.randn(40, 8)
+    param.grad_dtype = torch.float32
+    param.grad = grad
+    value = torch.randn(40, 8).to(dtype)
+    param.data = value.clone()
+    with stepped(master) as stand_in:
+        assert same_bits(stand_in.detach(), value.float())
+        stand_in.add_(1e-4)
+    assert param.dtype is torch.bfloat16
+    assert same_bits(master.value(), value.float() + 1e-4)
+    assert param.grad is not None
+    assert torch.equal(param.grad, grad)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_memory_of_another_dtype_is_restored_without_a_step_in_between(kind: type[Master]) -> None:
+    param, master, _ = make(kind)
+    value = torch.randn(40, 8)
+    param.data = value.clone()
+    master.restore_()
+    assert same_bits(param.detach(), value)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_vector_to_parameters_writes_the_masters(kind: type[Master]) -> None:
+    pairs = [make(kind) for _ in range(3)]
+    vector = torch.randn(3 * 320)
+    nn.utils.vector_to_parameters(vector, [param for param, _, _ in pairs])
+    for (_, master, _), expected in zip(pairs, vector.view(3, 40, 8), strict=True):
+        with stepped(master):
+            """Nothing is updated."""
+        assert same_bits(master.value(), expected)
+
+
 @pytest.mark.parametrize("shape", [(40, 8), (3, 5), (1,), ()])
 def test_a_value_with_more_than_16_bits_survives_until_the_weight_is_written(shape: tuple[int, ...]) -> None:
     param, master, value = make(SplitMaster, torch.randn(shape))
