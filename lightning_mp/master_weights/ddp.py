@@ -51,7 +51,7 @@ class FP32Reducer:
         self._arrived: set[nn.Parameter] = set()
         for param in self._params:
             param.grad = None
-            param.grad_dtype = None  # 16-bit while backward runs, FP32 between
+            param.grad_dtype = None  # of the parameter's dtype while backward runs, FP32 between
         self._handles: list[RemovableHandle] = [
             param.register_post_accumulate_grad_hook(self._take)  # type: ignore[no-untyped-call]
             for param in self._params
@@ -65,9 +65,13 @@ class FP32Reducer:
             if param.grad is not None:
                 self._accumulated[param] = param.grad.to(torch.float32)
                 param.grad = None
+            # A parameter that was multiplied with FP32 activations has an FP32 gradient unless told so.
+            param.grad_dtype = param.dtype
 
     def finish_backward(self) -> None:
         """Put the reduced gradients, or without a reduction the accumulated ones, into ``param.grad``."""
+        for param in self._params:
+            param.grad_dtype = None
         results = {**self._accumulated, **self._reduced}
         for param, grad in results.items():
             param.grad = grad

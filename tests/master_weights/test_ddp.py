@@ -29,9 +29,11 @@ class Net(nn.Module):
         self.norm = nn.LayerNorm(32)
         self.b = nn.Linear(32, 32)
         self.c = nn.Linear(32, 4)
+        self.scale = nn.Parameter(torch.rand(32))
 
     def forward(self, x: Tensor, use_b: bool = True) -> Tensor:
-        h = self.norm(self.a(x).relu().float())
+        # FP32 activations times a 16-bit parameter: its gradient is computed in FP32.
+        h = self.norm(self.a(x).relu().float()) * self.scale
         if use_b:
             h = self.b(h.bfloat16()).relu()
         return self.c(h.bfloat16())
@@ -147,6 +149,7 @@ def worker(rank: int, port: int) -> None:
         run_case(rank, "split", [ALL, ALL], tolerance=2.0**-7, reduce_dtype=torch.bfloat16)
         check_zero_grad_between_backwards(rank)
         check_second_backward_without_zero_grad(rank)
+        check_another_dtype_through_data(rank)
         check_refusals()
     finally:
         dist.destroy_process_group()
@@ -189,6 +192,23 @@ def check_second_backward_without_zero_grad(rank: int) -> None:
     backward(masters, ddp, batch(rank, 0))
     backward(masters, ddp, batch(rank, 1))
     check_gradients(module, reference_gradients(bf16_twin(module), [ALL, ALL]), 1e-6)
+
+
+def check_another_dtype_through_data(rank: int) -> None:
+    """The reducer would never hear of this parameter again."""
+    module, masters, ddp = attached(rank)
+    module.b.weight.data = torch.full((32, 32), 0.3)
+    optimizer = next(iter(masters._steps.values())).optimizer
+    with torch.autocast("cpu", torch.bfloat16):
+        backward(masters, ddp, batch(rank, 0))
+    with pytest.raises(
+        UnsupportedError, match=r"assigned memory of torch.float32 through .data.*weight.copy_\(value\)"
+    ):
+        optimizer.step()
+    masters.detach()
+    assert {param.dtype for param in module.parameters()} == {torch.float32}
+    assert torch.equal(module.b.weight, torch.full((32, 32), 0.3))
+    assert torch.equal(module.a.weight, Net().a.weight)
 
 
 def check_refusals() -> None:
