@@ -10,6 +10,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 
 from lightning_mp.errors import UnsupportedError
 from lightning_mp.master_weights.masters import cast_param_
+from lightning_mp.master_weights.overlap import check_overlap
 from lightning_mp.selection import is_normalization
 
 __all__ = ["params_to_cast", "widen_norms_"]
@@ -36,7 +37,8 @@ def params_to_cast(
         Parameter to its first dotted name.
 
     Raises:
-        UnsupportedError: If a parameter is not initialized yet, or holds no dense memory.
+        UnsupportedError: If a parameter is not initialized yet, holds no dense memory, or shares it with
+            another tensor of the module.
     """
     kept = set(_kept_params(module, keep_fp32))
     found: dict[nn.Parameter, str] = {}
@@ -51,6 +53,7 @@ def params_to_cast(
                 "memory. Materialize it before the fit, pin it with FP32Pin, or use master_weights='params'."
             )
         found[param] = name
+    check_overlap(module, found)
     return found
 
 
