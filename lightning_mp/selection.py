@@ -53,7 +53,8 @@ def _own_components(name: str, model: nn.Module | None) -> Iterator[str]:
         added = component in _WRAPPER_COMPONENTS or (component == "module" and isinstance(parent, _MODULE_WRAPPERS))
         if not added:
             yield component
-        parent = parent._modules.get(component) if isinstance(parent, nn.Module) else None
+        # Not by ``_modules``, which is no dict where a module is scripted.
+        parent = getattr(parent, component, None) if isinstance(parent, nn.Module) else None
 
 
 def named_inner_modules(model: nn.Module) -> dict[str, nn.Module]:

@@ -372,6 +372,27 @@ def test_infinity_behind_where_is_found_in_backward() -> None:
     assert where(look(model)) == ("backward", "1", "nan")
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+def test_scripted_module_is_no_hindrance_and_its_overflow_shows_in_its_parent() -> None:
+    class Divide(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x / 0
+
+    fine = torch.jit.script(nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)))
+    means = fine[1].running_mean.clone()
+    assert where(look(nn.Sequential(linear(), fine, Call(lambda x: x / 0), linear())))[1] == "2"
+    assert torch.equal(fine[1].running_mean, means)
+    bad = nn.Sequential(linear(), nn.Sequential(torch.jit.script(Divide())), linear())
+    assert where(look(bad))[:2] == ("forward", "1")
+
+
+def test_module_that_never_learned_its_shapes_is_no_hindrance() -> None:
+    model = nn.Sequential(linear(), Call(lambda x: x * INF))
+    model.unused = nn.ModuleList([nn.LazyBatchNorm1d()])
+    model.forward = lambda x: model[1](model[0](x))
+    assert where(look(model)) == ("forward", "1", "inf")
+
+
 # --- No trace ------------------------------------------------------------------------------------
 
 

@@ -189,6 +189,12 @@ def test_clean_fqn_drops_module_where_data_parallel_put_it_and_keeps_the_users()
     assert clean_fqn("module.module.0.weight", model) == "module.0.weight"
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+def test_names_inside_a_scripted_module_are_what_torch_gives() -> None:
+    model = nn.Sequential(torch.jit.script(nn.Sequential(nn.Linear(2, 2))))
+    assert [clean_fqn(name, model) for name, _ in model.named_parameters()] == ["0.0.weight", "0.0.bias"]
+
+
 def test_pattern_matches_through_compile_and_returns_the_module_that_runs() -> None:
     model = TinyEncoder()
     inner = model.encoder

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
+from torch.nn.parameter import is_lazy
 
 __all__ = ["RandomState", "eager", "preserved"]
 
@@ -98,7 +99,7 @@ def _items_of(value: Any) -> Iterable[Any]:
 
 
 def _contents_of(value: Any) -> Callable[[], None] | None:
-    if isinstance(value, Parameter):
+    if isinstance(value, Parameter) or is_lazy(value):
         return None
     if isinstance(value, Tensor):
         return _tensor_contents(value)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from lightning_mp.overflow.aliases import separate_aliases
 from lightning_mp.overflow.statistics import Statistics, Wanted, named_tensors
@@ -88,13 +89,15 @@ class Probes:
         self._restore = separate_aliases(self._model) if self._tells_aliases_apart else None
         modules: dict[int, nn.Module] = {}
         for name, module in self._model.named_modules(remove_duplicate=False):
-            modules[id(module)] = module
+            # Scripted modules take no hooks: what they do wrong shows in their parent.
+            if not isinstance(module, torch.jit.ScriptModule):
+                modules[id(module)] = module
             self._names.setdefault(id(module), []).append(clean_fqn(name, self._model))
         for module in modules.values():
             self._handles.append(module.register_forward_pre_hook(self._before, with_kwargs=True))
             self._handles.append(module.register_forward_hook(self._after, with_kwargs=True))
         for parameter in self._model.parameters() if self._watches_parameters else ():
-            if parameter.requires_grad:
+            if parameter.requires_grad and not is_lazy(parameter):
                 handle = parameter.register_hook(partial(self._note_parameter, parameter))  # type: ignore[no-untyped-call]
                 self._handles.append(handle)
         return self

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from lightning_mp.overflow.attribution import Observation, find_culprit
 from lightning_mp.overflow.event import Finding
@@ -67,7 +68,7 @@ def replay(
 
 def _backward(model: nn.Module, loss: Tensor, loss_scale: float, seen: Observation) -> None:
     """Take gradients without touching ``.grad``, the hooks of a reducer, or accumulators."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
+    parameters = [p for p in model.parameters() if p.requires_grad and not is_lazy(p)]
     # A 0-dim FP32 tensor, as a scaler has: times a number an FP16 loss would stay FP16, and 65536 is Inf there.
     scaled = loss * torch.full((), loss_scale, device=loss.device)
     grads = torch.autograd.grad(scaled, parameters, allow_unused=True)

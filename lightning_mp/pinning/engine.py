@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from lightning_mp.errors import UnsupportedError
 from lightning_mp.pinning.functions import (
@@ -198,7 +199,7 @@ class Pins:
         self._swap_(pinned.module, pinned.role)
         owned = (*pinned.module.parameters(recurse=False), *pinned.module.buffers(recurse=False))
         for tensor in owned:
-            if tensor.dtype in NARROW_DTYPES and not isinstance(tensor, nn.UninitializedParameter):
+            if tensor.dtype in NARROW_DTYPES and not is_lazy(tensor):
                 self._withheld.append((tensor, tensor.dtype))
                 tensor.data = tensor.data.float()
 
@@ -218,6 +219,8 @@ class Pins:
     # --- Which modules call pinned functions -----------------------------------------------------
 
     def _calls_functions(self, module: nn.Module) -> bool:
+        if isinstance(module, torch.jit.ScriptModule):
+            return False
         if isinstance(module, _HAS_FAST_PATH):
             return "softmax" in self._outputs or any(isinstance(role_of(m), InFP32) for m in module.modules())
         return self._mentions(module, "forward")

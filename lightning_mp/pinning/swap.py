@@ -165,19 +165,26 @@ class Swaps:
             methods: Further methods by name, for this module alone.
         """
         self._restore_(module)
-        original = type(module)
-        swapped = None if methods else self._shared.get((original, role))
-        if swapped is None:
-            swapped = _swapped_class(original, role, methods or {})
-            self._classes.append(swapped)
-            if not methods:
-                self._shared[original, role] = swapped
+        swapped = self._class_for(type(module), role, methods or {})
         attributes = {}
         if role is not None and "forward" in vars(module):
             attributes["forward"] = vars(module)["forward"]
             vars(module)["forward"] = functools.partial(_call_role, role, module, attributes["forward"])
-        self._swapped[id(module)] = _Swap(module, original, swapped, attributes)
+        self._swapped[id(module)] = _Swap(module, swapped, attributes)
         _set_class(module, swapped)
+
+    def _class_for(self, original: type[nn.Module], role: Role | None, methods: Mapping[str, Any]) -> Any:
+        if not methods and (original, role) in self._shared:
+            return self._shared[original, role]
+        swapped = _swapped_class(original, role, methods)
+        self._classes.append(swapped)
+        if not methods:
+            self._shared[original, role] = swapped
+        becomes = getattr(original, "cls_to_become", None)
+        if becomes is not None:
+            # A lazy module takes this class in its first forward, when it knows its shapes.
+            swapped.cls_to_become = self._class_for(becomes, role, methods)
+        return swapped
 
     def undo_(self) -> None:
         """Give every module its own class back."""
@@ -193,9 +200,11 @@ class Swaps:
         swap = self._swapped.pop(id(module), None)
         if swap is None:
             return
-        if type(module) is swap.swapped:
-            _set_class(module, swap.original)
-        if getattr(vars(module).get("forward"), "__func__", None) is vars(swap.swapped)["forward"]:
+        ours = (swap.swapped, vars(swap.swapped).get("cls_to_become"))
+        if type(module) in ours:
+            _set_class(module, original_class(module))
+        method = getattr(vars(module).get("forward"), "__func__", None)
+        if any(cls is not None and method is vars(cls)["forward"] for cls in ours):
             # Lightning 2.6 redirects forward through DDP and leaves the method that it found on the instance.
             del vars(module)["forward"]
         vars(module).update(swap.attributes)
@@ -204,7 +213,6 @@ class Swaps:
 @dataclass(frozen=True)
 class _Swap:
     module: nn.Module
-    original: type[nn.Module]
     swapped: type[nn.Module]
     attributes: dict[str, Any]
 

@@ -705,3 +705,54 @@ def test_wrapper_of_activation_checkpointing_is_seen_through():
         result.sum().backward()
     assert pins.callers == ["block"]
     assert block.seen == [torch.float32] * 4
+
+
+# --- Modules that take no other class, or take one by themselves -----------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+@pytest.mark.parametrize("how", ["script", "trace"])
+def test_scripted_modules_beside_pinned_ones_run_as_they_are(how):
+    inner = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.LayerNorm(4))
+    scripted = torch.jit.script(inner) if how == "script" else torch.jit.trace(inner, torch.ones(2, 4))
+    model = nn.Sequential(nn.Linear(4, 4), scripted, nn.LayerNorm(4))
+    expected = model(torch.ones(2, 4))
+    pins = Pins(PinSpec())
+    pins.apply_(model)
+    with pins.watch():
+        assert torch.equal(model(torch.ones(2, 4)), expected)
+    assert list(pins.modules) == ["2"]
+    assert model[1] is scripted
+    pins.undo_()
+    assert type(model[2]) is nn.LayerNorm
+
+
+@pytest.mark.parametrize(
+    ("lazy", "becomes", "spec"),
+    [
+        (nn.LazyBatchNorm1d, nn.BatchNorm1d, PinSpec()),
+        (partial(nn.LazyLinear, 4), nn.Linear, PinSpec(modules=["0"])),
+        (partial(nn.LazyLinear, 4), nn.Linear, PinSpec(modules=[nn.Linear])),
+    ],
+)
+@pytest.mark.parametrize("runs", [True, False])
+def test_lazy_module_is_pinned_through_its_first_forward_and_becomes_what_it_would(lazy, becomes, spec, runs):
+    model = nn.Sequential(lazy())
+    lazy_class = type(model[0])
+    pins = Pins(spec)
+    pins.apply_(model)
+    x = torch.randn(3, 4).bfloat16()
+    if runs:
+        with BF16():
+            outputs = [model(x) for _ in range(2)]
+        assert [y.dtype for y in outputs] == [torch.float32] * 2
+        assert role_of(model[0]) is not None
+        assert type(copy.deepcopy(model)[0]) is becomes
+        if becomes is nn.Linear:
+            assert torch.equal(outputs[1], F.linear(x.float(), model[0].weight, model[0].bias))
+    pins.undo_()
+    assert type(model[0]) is (becomes if runs else lazy_class)
+    assert "forward" not in vars(model[0])
+    if not runs:
+        assert type(model(x.float())) is torch.Tensor
+        assert type(model[0]) is becomes
