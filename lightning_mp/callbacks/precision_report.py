@@ -117,7 +117,15 @@ class PrecisionReport(Callback):
         self.event_log.close()
         directory = run_directory(trainer, self.dirpath) or Path(trainer.default_root_dir)
         logs = {log.name: log.read() for log in (self.event_log, *_logs_of(trainer.callbacks))}  # type: ignore[attr-defined]
-        self.path = write_page(logs, directory / self.filename)
+        try:
+            self.path = write_page(logs, directory / self.filename)
+        # The training is done, and the logs can be shown later.
+        except Exception as error:
+            notice(
+                f"PrecisionReport: {self.filename} was not written: {type(error).__name__}: {error}. "
+                f"The event logs stay; lightning-mp report {directory} builds the page from them."
+            )
+            return
         notice(f"PrecisionReport: wrote {self.path}")
 
 

@@ -95,7 +95,8 @@ class GradientExponentHistogram(Metric):
         counts = dict(zip(found["exponents"].tolist(), found["counts"].tolist(), strict=True))
         total = sum(counts.values()) + int(found["num_nonfinite"])
         shown = shown_exponents(counts)
-        shares = [100 * counts[e] / max(total, 1) for e in shown]
+        # The picture shows one exponent more on each side, which the extremes do not have.
+        shares = [100 * counts.get(e, 0) / max(total, 1) for e in shown]
         axes.bar([e + 0.5 for e in shown], shares, width=0.9, color=INK)
         _draw_ranges(axes, counts, shown, max([*shares, 1.0]), total)
         if loss_scale is not None and loss_scale != 1.0:

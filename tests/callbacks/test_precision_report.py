@@ -56,6 +56,24 @@ def test_monitors_that_write_elsewhere_or_nowhere_are_shown_too(tmp_path, monkey
     assert "Exponents of" in html
 
 
+def test_picture_or_page_that_cannot_be_written_stops_nothing(tmp_path, caplog):
+    caplog.set_level("INFO")
+    for name in ("gradient_range.png", "loss_scale.png"):
+        (tmp_path / name).mkdir()
+    report = PrecisionReport(dirpath=tmp_path)
+    monitors = GradientRangeMonitor(1, dirpath=tmp_path), LossScaleMonitor(dirpath=tmp_path)
+    run = trainer(MixedPrecision("bf16"), callbacks=[*monitors, report])
+    run.fit(Regression(), batches())
+    assert report.path == tmp_path / "precision_report.html"
+    assert "GradientRangeMonitor: gradient_range.png was not drawn: IsADirectoryError" in caplog.text
+    assert "LossScaleMonitor: loss_scale.png was not drawn: IsADirectoryError" in caplog.text
+    report.path.unlink()
+    report.path.mkdir()
+    fit(MixedPrecision("bf16"), blocked := PrecisionReport(dirpath=tmp_path))
+    assert blocked.path is None
+    assert f"IsADirectoryError: [Errno 21] Is a directory: '{report.path}'. The event logs stay" in caplog.text
+
+
 def test_without_any_directory_the_page_goes_to_the_default_root_dir(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     report = PrecisionReport()

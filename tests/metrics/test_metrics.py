@@ -248,6 +248,16 @@ def test_histogram_picture_marks_what_each_format_loses():
     assert min(bars) <= FP16.min_subnormal_exponent
 
 
+@pytest.mark.parametrize("exponent", [-149, -148, -25, 15, 126, 127])
+def test_histogram_picture_shows_the_extremes_of_fp32(exponent):
+    histogram = GradientExponentHistogram()
+    histogram.update(torch.tensor([2.0**exponent, 1.0]))
+    _, axes = histogram.plot(loss_scale=2.0**16)
+    bars = {round(bar.get_x() + bar.get_width() / 2 - 0.5): bar.get_height() for bar in axes.patches}
+    assert bars[exponent] == 50.0
+    assert sum(bars.values()) == 100.0
+
+
 def test_heat_map_shows_the_worst_operand():
     stats = FP8LayerStats(["a"])
     stats.update(0, "a", "input", amax=1.0, scale=1.0, saturated=0.1, flushed=0.2, sqnr_db=30.0)
