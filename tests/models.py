@@ -78,6 +78,14 @@ class Regression(LightningModule):
         return [optimizer], [config]
 
 
+class Fetching(Regression):
+    """Fetches its batches itself."""
+
+    def training_step(self, dataloader_iter: Any) -> Tensor | None:  # type: ignore[override]
+        batch, batch_idx, _ = next(dataloader_iter)
+        return super().training_step(batch, batch_idx)
+
+
 def trainer(plugin: Any = None, **settings: Any) -> Trainer:
     """Return a quiet Trainer on the CPU."""
     defaults = {

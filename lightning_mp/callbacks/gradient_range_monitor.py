@@ -160,7 +160,8 @@ class GradientRangeMonitor(Callback):
             for name in _LOGGED:
                 value = getattr(found, name)
                 if value is not None:
-                    pl_module.log(f"{prefix}/{name}", value, on_step=True, on_epoch=False)
+                    # Without a batch size Lightning would look for one in the batch, and refuse dataloader_iter.
+                    pl_module.log(f"{prefix}/{name}", value, on_step=True, on_epoch=False, batch_size=1)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.event_log.close()

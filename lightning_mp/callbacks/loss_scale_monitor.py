@@ -171,7 +171,8 @@ class LossScaleMonitor(Callback):
         rate = sum(record.found_inf for record in recent) / len(recent)
         values = {"loss_scale": self.history[-1].loss_scale, "skipped_steps": skipped, "overflow_rate": rate}
         for name, value in values.items():
-            pl_module.log(name, float(value), on_step=True, on_epoch=False)
+            # Without a batch size Lightning would look for one in the batch, and refuse dataloader_iter.
+            pl_module.log(name, float(value), on_step=True, on_epoch=False, batch_size=1)
         self._announce(trainer, pl_module)
 
     def _announce(self, trainer: Trainer, pl_module: LightningModule) -> None:

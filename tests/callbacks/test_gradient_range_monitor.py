@@ -17,7 +17,7 @@ from lightning_mp.errors import SettingTypeError, SettingValueError
 from lightning_mp.metrics.gradient_tally import read_tallies, suggest_scale, tally_gradients
 from lightning_mp.report.events import read_events
 from tests.metrics.ranks import on_two_ranks
-from tests.models import INF, Regression, batches, trainer
+from tests.models import INF, Fetching, Regression, batches, trainer
 
 CPU = torch.device("cpu")
 
@@ -194,6 +194,13 @@ def test_single_group_is_not_logged_twice():
     _, run = measure(MixedPrecision("bf16"), model=Regression())
     assert "gradient_range/flushed" in run.callback_metrics
     assert not any("group0" in name for name in run.callback_metrics)
+
+
+@pytest.mark.filterwarnings("ignore:.*`dataloader_iter`")
+def test_step_that_fetches_its_batches_itself_is_logged_too():
+    monitor, run = measure(MixedPrecision("bf16"), model=Fetching(), every_n_steps=4)
+    assert [found.step for found in monitor.history if found.group == "all"] == [0, 4]
+    assert "gradient_range/flushed" in run.callback_metrics
 
 
 def test_event_log_holds_the_fields_of_the_contract(tmp_path):

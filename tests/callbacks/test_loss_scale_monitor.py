@@ -17,7 +17,7 @@ from lightning_mp.callbacks.health_message import describe_health
 from lightning_mp.grad_scaler import Readback
 from lightning_mp.metrics import ScaleLimits, ScaleRecord
 from lightning_mp.report.events import read_events
-from tests.models import INF, Regression, batches, trainer
+from tests.models import INF, Fetching, Regression, batches, trainer
 
 BAD = {1: INF, 4: INF, 5: INF}
 # By hand: the scale of attempt i is 1024 halved once per overflow before it.
@@ -116,6 +116,14 @@ def test_keys_reach_callback_metrics_with_any_logger_and_none(tmp_path, make_log
     run = fit(LossScaleMonitor(plot=False), fp16(), logger=make_logger(tmp_path))
     found = {name: run.callback_metrics[name].item() for name in ("loss_scale", "skipped_steps", "overflow_rate")}
     assert found == {"loss_scale": 128.0, "skipped_steps": 3.0, "overflow_rate": 3 / 8}
+
+
+@pytest.mark.filterwarnings("ignore:.*`dataloader_iter`")
+def test_step_that_fetches_its_batches_itself_is_logged_too():
+    monitor = LossScaleMonitor()
+    run = fit(monitor, fp16(), model=Fetching(factors=BAD))
+    assert columns(monitor)[0] == list(range(8))
+    assert run.callback_metrics["skipped_steps"] == 3
 
 
 def test_monitor_reads_nothing_of_the_device_by_itself():
