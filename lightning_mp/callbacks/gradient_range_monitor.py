@@ -32,7 +32,8 @@ class GradientRange:
     Args:
         step: Index of the attempt, from zero.
         group: ``"all"``, or the ``"name"`` of a parameter group, else ``"group0"``, ``"group1"``, ...; with
-            several optimizers after ``"optimizer0/"``, ``"optimizer1/"``, ...
+            several optimizers after ``"optimizer0/"``, ``"optimizer1/"``, ... Where several groups have one
+            name, or a group has the name ``"all"``, its index follows: ``"decay.0"``, ``"decay.1"``.
         histogram: Elements by exponent ``floor(log2(|g|))``; exponents without elements are left out.
         flushed_unscaled: Share that FP16 flushes to zero without a loss scale (magnitude at or below 2**-25).
         flushed: The same at the loss scale of this step.
@@ -118,7 +119,8 @@ class GradientRangeMonitor(Callback):
         if not self._is_due(trainer.global_step, optimizer):
             return
         sharded = _is_sharded(trainer, optimizer)
-        groups = {_group_name(group, index): _gradients(group) for index, group in enumerate(optimizer.param_groups)}
+        param_groups = optimizer.param_groups
+        groups = dict(zip(_group_names(param_groups), map(_gradients, param_groups), strict=True))
         # A rank whose shards have no gradients still takes part in adding up.
         if not sharded and not any(groups.values()):
             return
@@ -183,8 +185,17 @@ def _gradients(group: dict[str, Any]) -> list[Tensor]:
     return [p.grad for p in group["params"] if p.grad is not None]
 
 
-def _group_name(group: dict[str, Any], index: int) -> str:
-    return str(group.get("name", f"group{index}"))
+def _group_names(groups: list[dict[str, Any]]) -> list[str]:
+    """Return a name of its own for each group, none of which reads as that of all."""
+    given = [str(group.get("name", f"group{index}")) for index, group in enumerate(groups)]
+    names: list[str] = []
+    for index, name in enumerate(given):
+        is_plain = given.count(name) == 1 and name.rpartition("/")[2] != _ALL
+        unique = name if is_plain else f"{name}.{index}"
+        while unique in names or (unique in given and not is_plain):
+            unique = f"{unique}.{index}"
+        names.append(unique)
+    return names
 
 
 def _prefix(optimizers: list[Optimizer], optimizer: Optimizer) -> str:

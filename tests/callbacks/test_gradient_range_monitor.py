@@ -165,6 +165,35 @@ def test_each_of_two_optimizers_is_measured():
     assert [step for step, _ in names[4:]] == [10, 10, 11, 11]
 
 
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (["decay", "decay"], ["decay.0", "decay.1"]),
+        (["all", "rest"], ["all.0", "rest"]),
+        (["head/all", None], ["head/all.0", "group1"]),
+        (["group1", None], ["group1.0", "group1.1"]),
+        (["a", "a", "a.0", "a.1"], ["a.0.0", "a.1.1", "a.0", "a.1"]),
+    ],
+)
+def test_groups_of_one_name_or_named_all_count_each_and_in_the_total(tmp_path, given, expected):
+    class Groups(LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.weights = nn.ParameterList([nn.Parameter(torch.zeros(1 + i)) for i in range(len(given))])
+
+        def training_step(self, batch, batch_idx):
+            return sum(weight.sum() for weight in self.weights)
+
+        def configure_optimizers(self):
+            named = zip(self.weights, given, strict=True)
+            return torch.optim.SGD([{"params": [p]} | ({"name": n} if n else {}) for p, n in named], lr=0.0)
+
+    monitor, _ = measure(MixedPrecision("fp32"), model=Groups(), dirpath=tmp_path)
+    counted = {found.group: found.histogram[0] for found in monitor.history}
+    total = sum(range(1, len(given) + 1))
+    assert counted == {"all": total, **{name: 1 + i for i, name in enumerate(expected)}}
+
+
 def test_gradients_are_left_as_they_were():
     results = []
     for callbacks in ([], [GradientRangeMonitor(1)]):
