@@ -1,7 +1,9 @@
 """The engine on plain modules: where values first go non-finite, and what a replay leaves behind."""
 
 import collections
+import gc
 import random
+import weakref
 from contextlib import nullcontext
 from typing import Any
 
@@ -635,3 +637,25 @@ def test_replay_on_cuda_rewinds_its_generator_and_names_the_module(fp16) -> None
     assert found.fqn == "3"
     assert torch.equal(seen[0], expected != 0)
     assert torch.equal(torch.cuda.get_rng_state(), before)
+
+
+class Kept(torch.autograd.Function):
+    """Identity that leaves an object in the graph, which lives as long as the graph does."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, kept: list[Any]) -> Tensor:
+        ctx.token = Call(None)
+        kept.append(weakref.ref(ctx.token))
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
+def test_replay_keeps_no_activation_alive() -> None:
+    kept: list[Any] = []
+    model = nn.Sequential(linear(), Call(lambda x: Kept.apply(x, kept)), linear(), Call(lambda x: x / 0))
+    assert where(look(model)) == ("forward", "3", "inf")
+    gc.collect()
+    assert [reference() for reference in kept] == [None]

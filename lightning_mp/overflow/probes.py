@@ -177,10 +177,9 @@ class Probes:
                 call.backward_started = self._tick()
             grads.extend(self.statistics.add([grad]))
 
-        handle = tensor.register_hook(note)  # type: ignore[no-untyped-call]
-        if tensor.is_leaf:
-            # A parameter or a batch outlives the graph.
-            self._handles.append(handle)
+        # Taken off in the end: a hook holds these calls, and they hold the graph that holds the hook. No garbage
+        # collector sees through it, so that all activations of the batch would stay.
+        self._handles.append(tensor.register_hook(note))  # type: ignore[no-untyped-call]
 
 
 def _is_recomputing() -> bool:
