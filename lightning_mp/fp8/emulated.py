@@ -184,9 +184,11 @@ def product(
     """Return the matrix product of two quantized matrices, accumulated in FP32."""
     (a, a_factor), (b, b_factor) = first.factored(), second.factored()
     result = (a.t() if transpose_first else a) @ (b.t() if transpose_second else b)
-    for factor in (a_factor, b_factor):
-        result = result if factor is None else result * factor
-    return result
+    if a_factor is not None and b_factor is not None:
+        # cuBLASLt: D = alpha * scaleA * scaleB * (A @ B). One after the other a large amax would overflow FP32.
+        return result * (a_factor * b_factor)
+    factor = b_factor if a_factor is None else a_factor
+    return result if factor is None else result * factor
 
 
 def _spoilers(x: Tensor) -> list[Tensor]:

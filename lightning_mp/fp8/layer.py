@@ -11,6 +11,8 @@ from lightning_mp.fp8.recipes import Operand
 
 __all__ = ["FP8Linear", "LayerBackend", "LayerSettings", "StepFlags", "without_fp8"]
 
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
 
 @dataclass
 class StepFlags:
@@ -68,10 +70,13 @@ class LayerBackend:
     def is_active(self, layer: nn.Linear, x: Tensor) -> bool:
         """Tell whether this call runs in FP8.
 
-        The autocast region marks where: activation checkpointing restores it for the recompute, in
-        both modes, and an island without autocast stays in full precision.
+        What a plain layer refuses, such as FP64 beside 16 bits or a number without dimensions, is left to
+        it to refuse. The autocast region marks where: activation checkpointing restores it for the
+        recompute, in both modes, and an island without autocast stays in full precision.
         """
         if self.demoted or not (layer.training or self.settings.fp8_in_eval):
+            return False
+        if x.dtype not in _DTYPES or x.dim() == 0:
             return False
         return torch.is_autocast_enabled(x.device.type)
 

@@ -130,6 +130,36 @@ def test_any_number_of_dimensions_and_empty_batches_run(recipe, shape) -> None:
         assert torch.equal(flat, y)
 
 
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize(
+    "x",
+    [torch.ones(()), torch.ones(2, 31)]
+    + [torch.ones(2, 32).to(dtype) for dtype in (torch.float64, torch.int64, torch.bool, torch.complex64)],
+    ids=lambda x: f"{x.dtype}{list(x.shape)}",
+)
+def test_input_that_a_plain_layer_refuses_is_refused_with_its_error(recipe, x) -> None:
+    errors = []
+    for layer in (fp8_layer(recipe), nn.Linear(32, 48)):
+        with pytest.raises(RuntimeError) as caught:
+            run(layer, x)
+        errors.append(str(caught.value))
+    assert errors[0] == errors[1]
+
+
+@pytest.mark.parametrize("recipe", ["current", "block"])
+@pytest.mark.parametrize("amax", [3e38, 1e-30])
+def test_products_of_extreme_operands_keep_their_range(recipe, amax) -> None:
+    layer = fp8_layer(recipe, bias=False)
+    x = torch.zeros(4, 32)
+    x[:, 0] = amax
+    y = run(layer, x)
+    # One term per sum: FP8 rounds the weight to 3 mantissa bits, 2**-4 of it, or to half of the smallest subnormal,
+    # 2**-10 of what is scaled to at least 448 / 2 (a power-of-two scale leaves half the range).
+    expected = amax * layer.weight.detach()[:, 0].double()
+    atol = amax * layer.weight.abs().max().item() * 2.0**-10 / 224
+    torch.testing.assert_close(y.double(), expected.expand(4, -1), rtol=2.0**-4 + 2.0**-7, atol=atol)
+
+
 def test_non_contiguous_input_gives_the_contiguous_result() -> None:
     layer = fp8_layer("block")
     x = torch.randn(32, 20).t()
