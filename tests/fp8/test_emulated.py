@@ -244,6 +244,27 @@ def test_results_are_finite_exactly_where_those_of_a_plain_layer_are(recipe, bad
     assert all(ours.any() for ours in found[0])
 
 
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("bad", ["input", "weight"])
+def test_checkpointed_layers_spoil_the_gradients_that_plain_ones_spoil(recipe, use_reentrant, bad) -> None:
+    found = []
+    for is_converted in (True, False):
+        torch.manual_seed(3)
+        model = Stack(use_reentrant)
+        if is_converted:
+            config = FP8Config(recipe=recipe, backend="emulated", skip_output_head=False)
+            FP8Engine(config).convert_(model)
+        x = torch.randn(8, 32)
+        with torch.no_grad():
+            (x if bad == "input" else model.body[2].weight)[3, 5] = torch.inf
+        x.requires_grad_()
+        run(model, x).float().square().sum().backward()
+        found.append([torch.isfinite(t.grad) for t in (x, *model.parameters())])
+    assert all(torch.equal(ours, plain) for ours, plain in zip(*found, strict=True))
+    assert not all(ours.all() for ours in found[0])
+
+
 def test_infinity_in_one_row_leaves_the_others_what_they_are() -> None:
     layer = fp8_layer("block", bias=False)
     x = torch.randn(8, 32)
