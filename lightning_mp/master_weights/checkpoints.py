@@ -3,10 +3,11 @@
 Saving shows the masters in place of the 16-bit parameters, loading gives them to the masters first.
 Because the hooks sit on the modules, every way to a checkpoint goes through them: Lightning's two
 kinds, ``save_pretrained``, a submodule's ``state_dict``, the learning rate finder's restore. A copy made
-by ``copy.deepcopy`` is a plain FP32 module with the masters' values.
+by ``copy.deepcopy`` or ``torch.save(module)`` is a plain FP32 module with the masters' values.
 """
 
 import copy
+from collections import OrderedDict
 from collections.abc import Mapping
 from typing import Any
 
@@ -30,8 +31,10 @@ def install_hooks(module: nn.Module, masters: Mapping[nn.Parameter, Master]) -> 
     Returns:
         Handles; removing them leaves the modules as they were.
     """
-    handles = [module.register_load_state_dict_pre_hook(_Checker(masters))]  # type: ignore[no-untyped-call]
+    handles: list[Any] = [_FP32Pickle(master) for master in masters.values() if not isinstance(master, NoMaster)]
     for child in module.modules():
+        checker = _Checker(masters, is_root=child is module)
+        handles.append(child.register_load_state_dict_pre_hook(checker))  # type: ignore[no-untyped-call]
         if any(param in masters for param in child.parameters(recurse=False)):
             hooks = _ModuleHooks(child, masters)
             handles.append(child._register_state_dict_hook(hooks.save))  # type: ignore[no-untyped-call]
@@ -65,8 +68,9 @@ class _ModuleHooks:
     def load(self, module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
         for name, master in self._owned():
             value = state_dict.get(prefix + name)
-            if value is not None:
-                master.assign(value)
+            # What torch does not take is left to it, and to its message.
+            if isinstance(value, Tensor) and _fits(value, master.param):
+                master.assign(value.view(master.param.shape))
                 # torch copies this next; the checkpoint's own value would round ties to even.
                 state_dict[prefix + name] = master.param.detach()
 
@@ -83,10 +87,11 @@ class _ModuleHooks:
 
 
 class _Checker:
-    """Refuse a checkpoint before anything of it is loaded."""
+    """Refuse a checkpoint before anything of it is loaded: into the root, or into a module below it alone."""
 
-    def __init__(self, masters: Mapping[nn.Parameter, Master]) -> None:
+    def __init__(self, masters: Mapping[nn.Parameter, Master], is_root: bool = True) -> None:
         self._masters = masters
+        self._is_root = is_root
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "_Checker":
         return _Checker({})
@@ -102,6 +107,8 @@ class _Checker:
         local_metadata: dict[str, Any],
         *_: Any,
     ) -> None:
+        if prefix and not self._is_root:
+            return  # part of a load that was checked above
         if local_metadata.get("assign_to_params_buffers", False):
             raise UnsupportedError(
                 "master_weights: load_state_dict(assign=True) would replace the parameters that have masters. "
@@ -120,12 +127,42 @@ def _check_entry(key: str, value: Any, param: nn.Parameter) -> None:
             f"master_weights: the checkpoint's {key!r} is {_describe(value)}, and a master needs a floating-point "
             "tensor; nothing was loaded."
         )
-    if value.shape != param.shape:
+    if not _fits(value, param):
+        # In torch's words, which callers look for.
         raise UnsupportedError(
-            f"master_weights: the checkpoint's {key!r} has shape {tuple(value.shape)}, and the model's has "
-            f"{tuple(param.shape)}; nothing was loaded. Build the model with the checkpoint's sizes, or drop the key "
-            "and load with strict=False."
+            f"master_weights: size mismatch for {key}: copying a param with shape {value.shape} from checkpoint, the "
+            f"shape in current model is {param.shape}; nothing was loaded. Build the model with the checkpoint's "
+            "sizes, or drop the key and load with strict=False."
         )
+
+
+def _fits(value: Tensor, param: nn.Parameter) -> bool:
+    # torch loads one element into a 0-dim parameter too.
+    return value.shape == param.shape or (param.dim() == 0 and value.shape == (1,))
+
+
+class _FP32Pickle:
+    """Let a parameter be pickled with its master's value, as the plain FP32 parameter that it stands for."""
+
+    def __init__(self, master: Master) -> None:
+        self._master = master
+        # pickle asks the object itself; a copy by copy.deepcopy does not carry attributes over.
+        vars(master.param)["__reduce_ex__"] = self
+
+    def __call__(self, _: int) -> tuple[Any, ...]:
+        param = self._master.param
+        described: tuple[Any, ...] = (self._master.value(), param.requires_grad, OrderedDict())
+        attributes = {name: value for name, value in vars(param).items() if name != "__reduce_ex__"}
+        if attributes:
+            return torch._utils._rebuild_parameter_with_state, (*described, attributes)
+        return torch._utils._rebuild_parameter, described
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_FP32Pickle":
+        return self
+
+    def remove(self) -> None:
+        """Let the parameter be pickled as it is."""
+        vars(self._master.param).pop("__reduce_ex__", None)
 
 
 def _describe(value: Any) -> str:

@@ -121,9 +121,14 @@ class Master(ABC):
 
 
 class CopyMaster(Master):
-    """An FP32 tensor beside the parameter."""
+    """An FP32 tensor beside the parameter.
+
+    ``state_dict`` shows this tensor itself, so a write into what it returned reaches the parameter when
+    it is loaded or read next.
+    """
 
     def __init__(self, param: nn.Parameter, param_dtype: torch.dtype) -> None:
+        self._version = -1
         self._master = new_stand_in(param, torch.empty_like(param, dtype=torch.float32))
         super().__init__(param, param_dtype)
 
@@ -139,7 +144,8 @@ class CopyMaster(Master):
     def load_all(cls, masters: list[Self], scratch: Scratch) -> list[nn.Parameter]:
         for master in masters:
             master.move_()
-        if not cls._are_published(masters, scratch):
+        is_written = any(master._version != master._master._version for master in masters)
+        if is_written or not cls._are_published(masters, scratch):
             for master in masters:
                 master._take_over()
         return [master._master for master in masters]
@@ -153,6 +159,8 @@ class CopyMaster(Master):
             return
         bits = cls._rounded(masters, scratch)
         torch._foreach_copy_([flat_view(master.param).view(torch.int16) for master in masters], bits)
+        for master in masters:
+            master._version = master._master._version
 
     def value(self) -> Tensor:
         self.move_()
@@ -174,6 +182,7 @@ class CopyMaster(Master):
     @torch.no_grad()
     def _publish(self) -> None:
         publish_(flat_view(self._master), flat_view(self.param))
+        self._version = self._master._version
 
     @staticmethod
     def _rounded(masters: Sequence["CopyMaster"], scratch: Scratch) -> list[Tensor]:
@@ -201,6 +210,9 @@ class CopyMaster(Master):
     @torch.no_grad()
     def _take_over(self) -> None:
         """Let elements of the parameter that are not the published ones replace the master's."""
+        if self._version != self._master._version:
+            self._publish()
+            return
         master, param = flat_view(self._master), flat_view(self.param)
         published = torch.empty_like(param)
         publish_(master, published)
@@ -209,6 +221,7 @@ class CopyMaster(Master):
         if param.device.type == "cpu" and torch.equal(found, expected):
             return
         torch.where(found == expected, master, param.to(torch.float32), out=master)
+        self._version = self._master._version
 
 
 class NoMaster(Master):

@@ -179,7 +179,8 @@ def _small_group(group: dict[str, Any], memo: dict[int, Any]) -> dict[str, Any]:
     params = []
     for source in _examples(group):
         param = nn.Parameter(torch.randn((_SIDE,) * source.dim()))
-        vars(param).update(copy.deepcopy(vars(source), memo))
+        attributes = {name: value for name, value in vars(source).items() if not name.startswith("__")}
+        vars(param).update(copy.deepcopy(attributes, memo))
         memo.setdefault(id(source), param)
         params.append(param)
     return {"params": params, **settings}
