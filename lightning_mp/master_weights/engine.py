@@ -1,7 +1,8 @@
 """Master weights of one module: taken, attached to optimizers, and given back."""
 
+import warnings
 import weakref
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from types import MappingProxyType
 from typing import Any, Literal
 
@@ -23,6 +24,7 @@ from lightning_mp.master_weights.split import flat_view
 from lightning_mp.master_weights.split_master import SplitMaster
 from lightning_mp.master_weights.stepping import MasterStep
 from lightning_mp.master_weights.strangers import StrangerGuard
+from lightning_mp.master_weights.targets import WriteWatch
 
 __all__ = ["MasterMode", "MasterWeights"]
 
@@ -67,12 +69,14 @@ class MasterWeights:
         self.param_dtype = param_dtype
         self.bucket_numel = bucket_numel
         self.gradients = Gradients()
+        self.tell: Callable[[str], None] = warnings.warn
         self._masters: dict[nn.Parameter, Master] = {}
         self._names: dict[nn.Parameter, str] = {}
         self._steps: dict[int, MasterStep] = {}
         self._handles: list[RemovableHandle] = []
         self._guard: RemovableHandle | None = None
         self._reducer: FP32Reducer | None = None
+        self._watch: WriteWatch | None = None
         self._has_16_bit_gradients = False
 
     @property
@@ -151,6 +155,7 @@ class MasterWeights:
             engine = weakref.ref(self)
             guard = StrangerGuard(lambda optimizer: (alive := engine()) is not None and alive._is_stranger(optimizer))
             self._guard = guard.install()
+            self._watch = WriteWatch(self._names, self._updated_params, self.tell)
 
     def adopt(self, optimizer: Optimizer) -> None:
         """Attach an optimizer that was made in mid-training; nothing happens if it is attached.
@@ -176,7 +181,7 @@ class MasterWeights:
             self._reducer = None
         if self._guard is not None:
             self._guard.remove()
-            self._guard = None
+            self._guard = self._watch = None
         for handle in self._handles:
             handle.remove()
         failed = _restore_all(self._masters.values())
@@ -248,10 +253,20 @@ class MasterWeights:
             self._masters,
             self.gradients,
             bucket_numel=self.bucket_numel,
-            before_step=self.finish_backward,
+            before_step=self._before_step,
         )
         step.install()
         self._steps[id(optimizer)] = step
+
+    def _before_step(self) -> None:
+        self.finish_backward()
+        if self._watch is not None:
+            self._watch.note_step()
+
+    def _updated_params(self) -> Iterable[nn.Parameter]:
+        for step in self._steps.values():
+            for group in step.optimizer.param_groups:
+                yield from group["params"]
 
     def _is_stranger(self, optimizer: Optimizer) -> bool:
         if id(optimizer) in self._steps:

@@ -10,11 +10,12 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from lightning_mp.errors import UnsupportedError
-from lightning_mp.master_weights import MasterWeights
+from lightning_mp.master_weights import MasterWeights, frozen_twins
 from lightning_mp.policy import PrecisionPolicy
 from lightning_mp.precision.dispatch import is_module_hook_overridden
+from lightning_mp.precision.notices import notice
 
-__all__ = ["attach_masters", "check_averaging", "forward_switches", "new_masters"]
+__all__ = ["attach_masters", "check_averaging", "convert_to_masters", "forward_switches", "new_masters"]
 
 # By name: WeightAveraging and EMAWeightAveraging came with Lightning 2.6.
 _AVERAGING = ("WeightAveraging", "StochasticWeightAveraging")
@@ -28,7 +29,18 @@ def new_masters(policy: PrecisionPolicy) -> MasterWeights | None:
     if policy.master_weights == "params":
         return None
     _warn_about_none(policy)
-    return MasterWeights(policy.master_weights, param_dtype=policy.compute_dtype)  # type: ignore[arg-type]
+    masters = MasterWeights(policy.master_weights, param_dtype=policy.compute_dtype)  # type: ignore[arg-type]
+    masters.tell = rank_zero_warn
+    return masters
+
+
+def convert_to_masters(masters: MasterWeights, module: nn.Module, pinned: list[nn.Parameter]) -> None:
+    """Cast the module's parameters, all but the pinned ones and those of frozen copies of a trained network."""
+    twins = frozen_twins(module) if masters.mode != "none" else {}
+    if twins:
+        names = ", ".join(twins)
+        notice(f"master_weights={masters.mode!r}: {names} stay FP32: a frozen copy of a network may be averaged into.")
+    masters.convert_(module, keep_fp32=[*pinned, *twins.values()])
 
 
 def _warn_about_none(policy: PrecisionPolicy) -> None:

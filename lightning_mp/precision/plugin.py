@@ -33,7 +33,13 @@ from lightning_mp.precision.culprit import first_nonfinite_parameter
 from lightning_mp.precision.dispatch import call_hooks, is_module_hook_overridden
 from lightning_mp.precision.fp8 import convert_to_fp8, fp8_reasons, new_fp8_engine
 from lightning_mp.precision.manifest import ManifestRow, build_manifest
-from lightning_mp.precision.masters import attach_masters, check_averaging, forward_switches, new_masters
+from lightning_mp.precision.masters import (
+    attach_masters,
+    check_averaging,
+    convert_to_masters,
+    forward_switches,
+    new_masters,
+)
 from lightning_mp.precision.notices import notice, notice_once
 from lightning_mp.precision.ranks import any_rank, compress_reduction, is_sharded
 from lightning_mp.precision.region import StepRegions
@@ -226,7 +232,7 @@ class MixedPrecision(StepRegions, FSDPPrecision):  # type: ignore[misc]  # Light
             check_averaging(trainer.callbacks, self.policy)
         self._masters = self._masters or new_masters(self.policy)
         if self._masters is not None:
-            self._masters.convert_(module, keep_fp32=self._pinned_parameters())
+            convert_to_masters(self._masters, module, self._pinned_parameters())
             if self._fp8 is not None:
                 self._fp8.take_weights_from(self._masters.value_of)
 
