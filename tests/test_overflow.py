@@ -299,6 +299,68 @@ def test_batch_is_named_by_the_path_of_its_item(value) -> None:
     assert where(look(model, torch.full((1, 4), value))) == ("batch", "batch", "inf" if value == INF else "nan")
 
 
+def known_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """Leave out the rows without a label, as a user does who has some."""
+    known = ~batch["y"].isnan()
+    return (model(batch["x"]).sum(-1)[known] - batch["y"][known]).square().mean()
+
+
+LABELS = {"unused": torch.full((3,), NAN), "x": torch.ones(3, 4), "y": torch.tensor([1.0, NAN, 2.0])}
+
+
+def test_labels_that_are_masked_out_are_not_blamed_for_a_loss_that_overflows_by_itself() -> None:
+    model = linear()
+    assert look(model, LABELS, step=lambda b: known_loss(model, b)) is None
+    found = look(model, LABELS, step=lambda b: torch.log(known_loss(model, b) * 0))
+    assert where(found) == ("loss", "loss", "inf")
+    assert LABELS["y"].isnan().tolist() == [False, True, False]
+
+
+def test_labels_that_are_masked_out_are_not_blamed_for_a_gradient_that_overflows_by_itself() -> None:
+    model = nn.Sequential(linear(), grad_times(INF))
+    assert where(look(model, LABELS, step=lambda b: known_loss(model, b)))[:2] == ("backward", "1")
+
+
+def test_labels_are_blamed_where_nobody_masked_them_or_none_is_left() -> None:
+    model = linear()
+    plain = lambda b: (model(b["x"]).sum(-1) - b["y"]).square().mean()  # noqa: E731
+    assert where(look(model, LABELS, step=plain)) == ("batch", "y", "nan")
+    # The mean of no rows is 0 / 0.
+    empty = {**LABELS, "y": torch.full((3,), NAN)}
+    assert where(look(model, empty, step=lambda b: known_loss(model, b))) == ("batch", "y", "nan")
+
+
+def test_item_that_harms_is_told_from_one_that_does_not() -> None:
+    model = linear()
+    batch = {**LABELS, "x": torch.full((3, 4), INF)}
+    assert where(look(model, batch, step=lambda b: known_loss(model, b))) == ("batch", "x", "inf")
+    both = {"x": torch.full((2, 4), NAN), "y": torch.full((2, 4), INF)}
+    assert where(look(model, both, step=lambda b: (model(b["x"]) - b["y"]).sum())) == ("batch", "x", "nan")
+
+
+def test_probabilities_keep_valid_values_where_they_are_made_finite() -> None:
+    model = linear()
+    batch = {"p": torch.tensor([0.25, NAN]), "q": torch.tensor([NAN, NAN])}
+    for name in batch:
+        step = lambda b, name=name: model(torch.ones(4)).sum() * torch.log(b[name]).sum()  # noqa: E731
+        assert where(look(model, batch, step=step)) == ("batch", name, "nan")
+
+
+def test_module_that_masks_the_batch_and_overflows_by_itself_is_named() -> None:
+    model = nn.Sequential(Call(lambda x: (x.nan_to_num() + 1) / 0), linear())
+    assert where(look(model, torch.tensor([[1.0, NAN, 2.0, 3.0]]))) == ("forward", "0", "inf")
+
+
+def test_batch_that_cannot_be_copied_is_blamed_as_it_is_and_left_alone() -> None:
+    class Graph:
+        def __init__(self) -> None:
+            self.x = torch.full((2, 4), NAN)
+
+    model, graph = linear(), Graph()
+    assert where(look(model, graph, step=lambda b: model(b.x).sum())) == ("batch", "x", "nan")
+    assert graph.x.isnan().all()
+
+
 def test_finite_activations_with_a_nonfinite_loss_name_the_loss() -> None:
     model = linear()
     assert where(look(model, step=lambda b: torch.log(model(b).sum() * 0))) == ("loss", "loss", "inf")

@@ -61,6 +61,10 @@ class OverflowMonitor(Callback):
     it changes in place is replayed as changed. A batch is held one step longer, under accumulation all
     batches of a step.
 
+    A non-finite item of the batch is blamed if the replay is finite with finite values in its place, and not
+    if it does no harm, as labels that are masked out. ``"always"`` cannot tell, and blames it if no module
+    made anything non-finite of finite values.
+
     With an optimizer that skips on the device (fused Adam, AdamW) the event comes one step late, before the
     next update. Manual optimization, ``dataloader_iter``, sharding strategies and a replay that fails (as by
     reentrant checkpointing) fall back to ``"gradients"``, which is said once. Where the gradients are gone
@@ -341,7 +345,7 @@ class OverflowMonitor(Callback):
                 held.seen.loss = []
             held.seen.statistics.read()
             return find_culprit(held.seen)
-        with nullcontext() if self._plugin is None else self._plugin.unrecorded(), together:
+        with nullcontext() if self._plugin is None else self._plugin.unrecorded():
             return replay(
                 module,
                 partial(training_loss, trainer, module, held.batch_idx),
@@ -350,6 +354,7 @@ class OverflowMonitor(Callback):
                 loss_scale=report.loss_scale,
                 region=trainer.precision_plugin.forward_context,
                 silenced=("log", "log_dict"),
+                together=together,
             )
 
     def _find_in_gradients(self, module: LightningModule, report: StepReport) -> Finding:

@@ -19,7 +19,7 @@ from lightning_mp.overflow.probes import ModuleCall
 from lightning_mp.overflow.statistics import Statistics, TensorStats, Wanted, named_tensors
 from lightning_mp.selection import is_normalization
 
-__all__ = ["Observation", "find_culprit"]
+__all__ = ["Observation", "describe_item", "find_culprit"]
 
 # What of torch.nn is given masked scores: minus infinity is zero probability to them.
 _MASKED = (
@@ -63,6 +63,16 @@ class Observation:
         self.loss = [*self.loss, *self.statistics.add([loss])]
         self.loss_nodes.append(loss.grad_fn)
 
+    @property
+    def is_loss_finite(self) -> bool:
+        """Whether the loss, if any, is finite."""
+        return self.stats(self.loss).is_finite
+
+    @property
+    def are_grads_finite(self) -> bool:
+        """Whether the gradients of parameters are finite, as far as they were measured."""
+        return all(self.stats(wanted).is_finite for wanted in self.param_grads.values())
+
     def stats(self, wanted: Wanted) -> TensorStats:
         """Return the numbers at these places together."""
         return self.statistics.of(wanted)
@@ -72,15 +82,22 @@ def find_culprit(seen: Observation) -> Finding | None:
     """Name what went non-finite first: batch, module in forward, loss, or module in backward.
 
     A non-finite forward that does not reach the loss, as behind ``torch.where``, is named only if
-    backward shows nothing.
+    backward shows nothing; an item of the batch, only if gradients are non-finite.
     """
     calls = _Forward(seen)
     for call in sorted((c for c in seen.calls if c.finished is not None), key=lambda c: c.finished or 0):
         calls.add(call)
     forward = _find_in_forward(calls)
-    if not seen.stats(seen.loss).is_finite:
+    if not seen.is_loss_finite:
         return forward or _find_loss(calls)
-    return _find_in_backward(seen) or forward
+    is_harmless = forward is not None and forward.phase == "batch" and seen.param_grads and seen.are_grads_finite
+    return _find_in_backward(seen) or (None if is_harmless else forward)
+
+
+def describe_item(seen: Observation, path: str) -> Finding:
+    """Return the finding that blames an item of the batch."""
+    stats = seen.stats(seen.batch[path])
+    return make_finding("batch", path, stats, {"input": stats})
 
 
 # --- Forward -------------------------------------------------------------------------------------
@@ -163,9 +180,7 @@ def _find_in_forward(found: _Forward) -> Finding | None:
     if bad is None and found.masks:
         return _describe_forward(seen, found.masks[0])
     path = bad or next((path for path, stats in items.items() if not stats.is_finite), None)
-    if path is None:
-        return None
-    return make_finding("batch", path, items[path], {"input": items[path]})
+    return None if path is None else describe_item(seen, path)
 
 
 def _takes_masks(call: ModuleCall) -> bool:
@@ -200,7 +215,7 @@ def _describe_handed(seen: Observation, call: ModuleCall) -> Finding:
     items = {path: stats for path, wanted in seen.batch.items() if not (stats := seen.stats(wanted)).is_finite}
     path = next((path for path, stats in items.items() if stats.count == entered.count), next(iter(items), None))
     if path is not None:
-        return make_finding("batch", path, items[path], {"input": items[path]})
+        return describe_item(seen, path)
     fqn = type(seen.model).__name__ if call.parent is None else _fqn(seen, call.parent)
     return make_finding("forward", fqn, entered, {"output": entered})
 

@@ -1,6 +1,6 @@
 """Computing a batch once more under probes, leaving nothing changed."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -8,11 +8,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from lightning_mp.overflow.attribution import Observation, find_culprit
+from lightning_mp.overflow.attribution import Observation, describe_item, find_culprit
 from lightning_mp.overflow.event import Finding
 from lightning_mp.overflow.preserve import RandomState, eager, preserved
 from lightning_mp.overflow.probes import Probes
-from lightning_mp.overflow.statistics import named_tensors
+from lightning_mp.overflow.statistics import named_tensors, tensor_values
+from lightning_mp.overflow.together import Together
 
 __all__ = ["copy_containers", "replay"]
 
@@ -26,11 +27,15 @@ def replay(
     loss_scale: float,
     region: Callable[[], AbstractContextManager[Any]],
     silenced: tuple[str, ...] = (),
+    together: Together | None = None,
 ) -> Finding | None:
     """Compute ``batch`` once more and name what went non-finite first.
 
     Random states, buffers, attributes of modules, gradients and the batch are afterwards what they
     were. Parameters that ``step`` itself writes to are not protected.
+
+    A non-finite item of the batch is named if the loss is finite once finite values stand in its place,
+    which takes a further pass per such item. Else it did no harm, as labels that are masked out.
 
     Args:
         model: The bare module, not a wrapper that reduces gradients.
@@ -40,6 +45,7 @@ def replay(
         loss_scale: Factor on the loss that its backward used.
         region: The autocast region of the step.
         silenced: Methods of ``model`` that do nothing meanwhile, such as ``"log"``.
+        together: Keeps the ranks together: each computes as many passes as the one that needs most.
 
     Returns:
         The finding; ``None`` if the batch computes without anything non-finite.
@@ -48,6 +54,78 @@ def replay(
         Exception: Whatever ``step`` or its backward raises, such as by reentrant checkpointing, which
             knows no ``torch.autograd.grad``.
     """
+    together = together or Together()
+    passes = _passes(batch)
+    wanted, finding, is_done = next(passes), None, False
+    first: Observation | None = None
+    while True:
+        error: Exception | None = None
+        try:
+            with together:
+                seen = _compute(model, step, wanted, rng, loss_scale, region, silenced)
+        except Exception as raised:
+            error = raised
+        if together.any_rank(error is not None):
+            if error is not None:
+                raise error
+            return find_culprit(first or seen)
+        first = first or seen
+        if not is_done:
+            try:
+                wanted = passes.send(seen)
+            except StopIteration as stopped:
+                wanted, finding, is_done = batch, stopped.value, True
+        if not together.any_rank(not is_done):
+            return finding
+
+
+def _passes(batch: Any) -> Generator[Any, Observation, Finding | None]:
+    """Yield the batches to compute, take what each showed, and return the finding."""
+    seen = yield batch
+    finding = find_culprit(seen)
+    if finding is None or finding.phase != "batch":
+        return finding
+    items = [path for path, wanted in seen.batch.items() if not seen.stats(wanted).is_finite]
+    # The item that was named is looked at first, and all of them at last: each may be enough.
+    items.sort(key=lambda path: path != finding.fqn)
+    for paths in [[path] for path in items] + [items] * (len(items) > 1):
+        repaired = _made_finite(batch, paths)
+        if repaired is None:
+            return finding
+        again = yield repaired
+        still = find_culprit(again)
+        if still is None or (again.is_loss_finite and not seen.is_loss_finite):
+            return describe_item(seen, paths[0])
+    return still
+
+
+def _made_finite(batch: Any, paths: list[str]) -> Any:
+    """Return a copy of the batch whose items hold only finite values; ``None`` where nothing can be copied."""
+    copied = _cloned(batch)
+    originals = dict(named_tensors(batch))
+    for path, tensor in named_tensors(copied):
+        if (path or "batch") not in paths:
+            continue
+        values = tensor_values(tensor)
+        if values is None or tensor is originals.get(path):
+            return None
+        wide = values.float() if values.dtype is not torch.float64 else values
+        finite = wide[wide.isfinite()]
+        # The middle one of its values is as likely as any to be valid, and 0.5 where a probability is meant.
+        middle = finite.median() if finite.numel() else wide.new_tensor(0.5)
+        values.copy_(torch.where(wide.isfinite(), wide, middle))
+    return copied
+
+
+def _compute(
+    model: nn.Module,
+    step: Callable[[Any], Tensor | None],
+    batch: Any,
+    rng: RandomState,
+    loss_scale: float,
+    region: Callable[[], AbstractContextManager[Any]],
+    silenced: tuple[str, ...],
+) -> Observation:
     with preserved(model), eager(), torch.inference_mode(False), torch.enable_grad():
         for name in silenced:
             model.__dict__[name] = _do_nothing
@@ -58,12 +136,13 @@ def replay(
             with region():
                 loss = step(_cloned(batch))
             if loss is None:
-                return None
+                # Nothing was trained on this batch.
+                return Observation(model, [], probes.statistics)
             seen.add_loss(loss)
             if loss.requires_grad and any(p.requires_grad for p in model.parameters()):
                 _backward(model, loss, loss_scale, seen)
     seen.statistics.read()
-    return find_culprit(seen)
+    return seen
 
 
 def _backward(model: nn.Module, loss: Tensor, loss_scale: float, seen: Observation) -> None:

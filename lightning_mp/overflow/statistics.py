@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lightning_mp.numerics import NonfiniteKind, amax, nonfinite_kind
 
-__all__ = ["Statistics", "TensorStats", "Wanted", "named_tensors"]
+__all__ = ["Statistics", "TensorStats", "Wanted", "named_tensors", "tensor_values"]
 
 _MAX_DEPTH = 8
 
@@ -81,7 +81,7 @@ class Statistics:
         """Measure the floating-point tensors among ``tensors`` and return where their numbers will be."""
         places = []
         for tensor in tensors:
-            values = _values(tensor)
+            values = tensor_values(tensor)
             if values is not None:
                 places.append(len(self._counts))
                 self._measure(values)
@@ -114,7 +114,7 @@ def _to_lists(tensors: list[Tensor]) -> list[Any]:
     return torch.stack(tensors).tolist() if tensors else []
 
 
-def _values(tensor: Tensor) -> Tensor | None:
+def tensor_values(tensor: Tensor) -> Tensor | None:
     """Return the real, dense, local numbers of a tensor; ``None`` for one that cannot overflow."""
     values = tensor.detach()
     if hasattr(values, "to_local"):

@@ -660,9 +660,10 @@ class Gathering(Net):
     # An attribute of the model would be put back after the replay.
     seen: ClassVar[list[int]] = []
 
-    def __init__(self, *, fails: str | None = None) -> None:
+    def __init__(self, *, fails: str | None = None, overflows: bool = True) -> None:
         super().__init__()
         self.fails = fails
+        self.overflows = overflows
         self.seen.clear()
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
@@ -671,11 +672,12 @@ class Gathering(Net):
         if again and self.fails == "before":
             raise KeyError("again")
         loss = Net.training_step(self, batch, -1)
-        gathered = self.all_gather(loss, sync_grads=True)
+        gathered = self.all_gather(loss.nan_to_num(0.0), sync_grads=True)
         if again and self.fails == "after":
             raise KeyError("again")
-        others = self.all_gather(loss.detach()) - gathered.detach()
-        return (loss + others.sum()) * (INF if self.global_rank == 1 and batch_idx == BAD else 1.0)
+        others = self.all_gather(loss.detach().nan_to_num(0.0)) - gathered.detach()
+        is_bad = self.overflows and self.global_rank == 1 and batch_idx == BAD
+        return (loss + others.sum()) * (INF if is_bad else 1.0)
 
 
 def probing_worker(rank: int, port: int, folder: str) -> None:
@@ -723,15 +725,23 @@ def test_probes_of_every_step_see_the_gradients_of_their_own_rank(tmp_path) -> N
 
 def gathering_worker(rank: int, port: int) -> None:
     join_ranks(rank, port)
-    for fails in (None, "before", "after"):
+
+    def run(model: Gathering, bad_x: float | None = None) -> OverflowMonitor:
         monitor = OverflowMonitor()
         strategy = DDPStrategy(process_group_backend="gloo")
         settings = {"devices": WORLD, "strategy": strategy, "use_distributed_sampler": False}
         used = trainer(MixedPrecision("bf16"), callbacks=[monitor], accumulate_grad_batches=2, **settings)
-        model = Gathering(fails=fails)
-        used.fit(model, batches(6))
+        used.fit(model, batches(6, bad_x=bad_x if rank == 1 else None))
         assert used.precision_plugin.skipped_steps == 1
         assert used.global_step == 3
+        return monitor
+
+    monitor = run(model := Gathering(overflows=False), bad_x=float("nan"))
+    assert [(e.rank, e.batch_idx, e.phase, e.fqn) for e in monitor.events] == [(1, BAD, "batch", "x")]
+    # Twice on both ranks, though one alone wants to know what a finite batch would have given.
+    assert model.seen == [0, 1, 2, 3, 2, 2, 4, 5], model.seen
+    for fails in (None, "before", "after"):
+        monitor = run(model := Gathering(fails=fails))
         # One event on both ranks alike; without a replay it is what the reduced gradients show.
         expected = (1, BAD, "loss", "loss") if fails is None else (0, BAD + 1, "backward", "head.bias")
         found = [(e.rank, e.batch_idx, e.phase, e.fqn) for e in monitor.events]
