@@ -21,7 +21,7 @@ from lightning_mp.pinning.functions import (
     names_of,
 )
 from lightning_mp.pinning.mode import FunctionPins, call_with
-from lightning_mp.pinning.scan import mentions_any
+from lightning_mp.pinning.scan import Mentions, find_mentions, holds_any
 from lightning_mp.pinning.spec import PinSpec
 from lightning_mp.pinning.swap import InFP32, Role, Swaps, WithFunctions, WithoutFunctions, original_class, role_of
 from lightning_mp.pinning.watch import Observation, PinReport, watch_batch
@@ -86,7 +86,7 @@ class Pins:
         self._mode = FunctionPins(self._rules)
         self._swaps = Swaps()
         self._withheld: list[tuple[torch.Tensor, torch.dtype]] = []
-        self._scans: dict[tuple[type, str, frozenset[str]], bool] = {}
+        self._scans: dict[tuple[type, str, frozenset[str]], Mentions] = {}
         self._names: dict[int, str] = {}
         self._modules: dict[str, nn.Module] = {}
         self._pinned: dict[str, PinnedModule] = {}
@@ -230,8 +230,11 @@ class Pins:
         names = self._function_names.difference(module._modules)
         key = (original_class(module), method, names)
         if key not in self._scans:
-            self._scans[key] = mentions_any(*key)
-        return self._scans[key]
+            self._scans[key] = find_mentions(*key, self._rules)
+        found = self._scans[key]
+        attributes = vars(module)
+        held = [attributes[name] for name in found.names if name in attributes]
+        return found.is_found or any(holds_any(value, names, self._rules) for value in held)
 
     def _adopt(self, fqn: str) -> None:
         """Pin the functions that a module or step calls itself, from its next call on."""

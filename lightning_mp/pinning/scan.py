@@ -1,46 +1,115 @@
 """Find out from the code of a method whether it may call a pinned function, also in a later branch."""
 
+import functools
 import inspect
-from collections.abc import Iterator
-from types import CodeType, FunctionType, MethodType, ModuleType
+from collections.abc import Container, Iterable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from types import BuiltinFunctionType, CodeType, FunctionType, MethodDescriptorType, MethodType, ModuleType
 from typing import Any
 
 from torch import nn
 
-__all__ = ["mentions_any"]
+__all__ = ["Mentions", "find_mentions", "holds_any"]
 
 # Helpers in these packages are torch's own or never reach a pinned function on the user's behalf.
 _OTHER_PEOPLES_PACKAGES = frozenset({"torch", "torchmetrics", "lightning", "pytorch_lightning", "numpy", "builtins"})
+# What torch's functions are: written in C++ or Python, or methods of Tensor.
+_CALLABLE_TYPES = (BuiltinFunctionType, FunctionType, MethodDescriptorType)
 
 
-def mentions_any(cls: type, method: str, names: frozenset[str]) -> bool:
-    """Tell whether ``cls.method``, or a method or function that it names, uses one of ``names``.
+@dataclass(frozen=True)
+class Mentions:
+    """What the code of a method, and of what it names, mentions.
+
+    Args:
+        is_found: Whether it uses one of the functions that were looked for.
+        names: All names in that code; those of attributes of the instance are for ``holds_any``.
+    """
+
+    is_found: bool
+    names: frozenset[str]
+
+
+def find_mentions(cls: type, method: str, names: frozenset[str], functions: Container[Any] = ()) -> Mentions:
+    """Tell whether ``cls.method``, or a method or function that it names, uses one of these functions.
 
     The first batch shows what ran; this shows what a branch that starts later will run, such as a
-    loss term of the second epoch. It reads names only, so it may say yes where nothing is called,
-    which costs time and never accuracy. It follows methods of ``cls`` and functions that the code
-    names through its globals; what is reached through a dictionary or an argument is not seen.
+    loss term of the second epoch. It may say yes where nothing is called, which costs time and never
+    accuracy. It follows methods of ``cls`` and what the code names through its globals, its closure and
+    its defaults, under any name and in dicts and lists; what is reached through an argument is not seen.
 
     Args:
         cls: Class of a module.
         method: Where to start, such as ``"forward"``.
         names: Names of functions, such as ``{"softmax"}``.
+        functions: The functions themselves, for code that calls them by another name.
     """
-    seen: set[CodeType] = set()
-    todo = list(_methods(cls, method))
-    while todo:
-        function = todo.pop()
-        code = function.__code__
-        if code in seen:
-            continue
-        seen.add(code)
-        mentioned = set(_names(code))
-        if mentioned & names:
-            return True
+    return _Search(names, functions, cls).follow(_methods(cls, method))
+
+
+def holds_any(value: Any, names: frozenset[str], functions: Container[Any]) -> bool:
+    """Tell whether ``value`` is one of these functions, or calls or holds one, as an attribute of a module may."""
+    return _Search(names, functions).follow([], [value]).is_found
+
+
+class _Search:
+    """Follows code to code, each once."""
+
+    def __init__(self, names: frozenset[str], functions: Container[Any], cls: type = object) -> None:
+        self._names = names
+        self._functions = functions
+        self._cls = cls
+
+    def follow(self, functions: Iterable[FunctionType], values: Iterable[Any] = ()) -> Mentions:
+        todo, found = list(functions), self._open(values)
+        seen: set[CodeType] = set()
+        mentioned: set[str] = set()
+        while found is not None:
+            todo += found
+            if not todo:
+                return Mentions(False, frozenset(mentioned))
+            function = todo.pop()
+            found = []
+            if function.__code__ in seen:
+                continue
+            seen.add(function.__code__)
+            here = set(_names(function.__code__))
+            mentioned |= here
+            found = None if here & self._names else self._open(self._values(function, here))
+        return Mentions(True, frozenset(mentioned))
+
+    def _values(self, function: FunctionType, mentioned: set[str]) -> Iterator[Any]:
         for name in mentioned:
-            todo.extend(_methods(cls, name))
-        todo.extend(_global_functions(function, mentioned))
-    return False
+            # The definitions of a name in the user's classes, and what is a property or static there.
+            yield from _definitions(self._cls, name)
+        yield from _named_values(function, mentioned)
+
+    def _open(self, values: Iterable[Any]) -> list[FunctionType] | None:
+        """Return the functions among ``values`` that are to be read; ``None`` if one is looked for."""
+        found: list[FunctionType] = []
+        for value in values:
+            for item in _contents(value):
+                if _is_in(item, self._functions):
+                    return None
+                found.extend(_functions(item))
+        return found
+
+
+def _contents(value: Any) -> Iterator[Any]:
+    """Yield ``value``, or what a plain container holds, without the partials and wrappers around functions."""
+    items: Iterable[Any] = [value]
+    if type(value) in (dict, list, tuple, set, frozenset):
+        items = list(value.values() if type(value) is dict else value)
+    for item in items:
+        while isinstance(item, functools.partial):
+            item = item.func
+        yield getattr(item, "__func__", item) if isinstance(item, staticmethod | classmethod | MethodType) else item
+
+
+def _is_in(value: Any, functions: Container[Any]) -> bool:
+    # Not every value has a hash, and an array compares by element.
+    return isinstance(value, _CALLABLE_TYPES) and value in functions
 
 
 def _names(code: CodeType) -> Iterator[str]:
@@ -50,11 +119,16 @@ def _names(code: CodeType) -> Iterator[str]:
             yield from _names(constant)
 
 
-def _methods(cls: type, name: str) -> Iterator[FunctionType]:
-    """Yield the definitions of ``name`` in the classes of the user."""
+def _definitions(cls: type, name: str) -> Iterator[Any]:
+    """Yield what ``name`` is in the classes of the user."""
     for owner in cls.__mro__:
         if name in vars(owner) and owner is not nn.Module and not _is_other_peoples(owner.__module__):
-            yield from _functions(vars(owner)[name])
+            yield vars(owner)[name]
+
+
+def _methods(cls: type, name: str) -> Iterator[FunctionType]:
+    for definition in _definitions(cls, name):
+        yield from _functions(definition)
 
 
 def _functions(value: Any) -> Iterator[FunctionType]:
@@ -65,16 +139,20 @@ def _functions(value: Any) -> Iterator[FunctionType]:
         yield value
 
 
-def _global_functions(function: FunctionType, mentioned: set[str]) -> Iterator[FunctionType]:
-    """Yield what ``function`` names in its module, or as an attribute of a module imported there."""
+def _named_values(function: FunctionType, mentioned: set[str]) -> Iterator[Any]:
+    """Yield what ``function`` names in its module, as an attribute of a module imported there, or holds itself."""
     for name in mentioned:
         value = function.__globals__.get(name)
-        if isinstance(value, ModuleType):
-            if not _is_other_peoples(value.__name__):
-                for attribute in mentioned:
-                    yield from _functions(vars(value).get(attribute))
-        elif isinstance(value, (FunctionType, MethodType)):
-            yield from _functions(value)
+        if not isinstance(value, ModuleType):
+            yield value
+        elif not _is_other_peoples(value.__name__):
+            yield from (vars(value).get(attribute) for attribute in mentioned)
+    yield from function.__defaults__ or ()
+    yield from (function.__kwdefaults__ or {}).values()
+    for cell in function.__closure__ or ():
+        # A cell that nobody has written to yet is empty.
+        with suppress(ValueError):
+            yield cell.cell_contents
 
 
 def _is_other_peoples(module_name: str | None) -> bool:

@@ -2,12 +2,14 @@
 
 import copy
 import pickle
+import types
 from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch import softmax as weigh
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.utils.checkpoint import checkpoint
 
@@ -24,7 +26,7 @@ def hidden(function, *args):
     return function(*args)
 
 
-HELPERS = {"attend": lambda scores: scores.softmax(-1)}
+HELPERS = types.SimpleNamespace(attend=lambda scores: scores.softmax(-1))
 
 
 class BaseBlock(nn.Module):
@@ -54,7 +56,7 @@ class HiddenBlock(BaseBlock):
     """Its code does not: only watching finds the call."""
 
     def attend(self, scores):
-        return HELPERS["attend"](scores)
+        return HELPERS.attend(scores)
 
 
 class Net(nn.Module):
@@ -705,6 +707,48 @@ def test_wrapper_of_activation_checkpointing_is_seen_through():
         result.sum().backward()
     assert pins.callers == ["block"]
     assert block.seen == [torch.float32] * 4
+
+
+class LateBlock(nn.Module):
+    """Calls what it holds from its second call on, when nobody watches."""
+
+    def __init__(self, act):
+        super().__init__()
+        self.act = act
+        self.num_calls = 0
+        self.seen = []
+
+    def forward(self, x):
+        self.num_calls += 1
+        if self.num_calls > 1:
+            x = self.call(x)
+            self.seen.append(x.dtype)
+        return x
+
+    def call(self, x):
+        return self.act(x, -1)
+
+
+class LateAlias(LateBlock):
+    def call(self, x):
+        return weigh(x, -1)
+
+
+LATE = [torch.softmax, F.softmax, torch.Tensor.softmax, lambda x, dim: x.softmax(dim)]
+
+
+@pytest.mark.parametrize("block", [LateAlias(torch.relu), *map(LateBlock, LATE)])
+def test_function_that_a_later_batch_calls_by_another_name_is_pinned(block):
+    model = nn.Sequential(nn.Linear(8, 8), block, LateBlock(torch.relu))
+    pins = applied(model, PinSpec())
+    with BF16(), pins.watch():
+        model(torch.randn(2, 8))
+    # One instance of a class may call what another one does not.
+    assert pins.callers == ["1"]
+    model[2] = nn.Identity()
+    with BF16():
+        model(torch.randn(2, 8))
+    assert model[1].seen == [torch.float32]
 
 
 # --- Modules that take no other class, or take one by themselves -----------------------------------
