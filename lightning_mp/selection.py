@@ -152,9 +152,24 @@ def _unmatched_text(item: Selector, named: dict[str, nn.Module], model: nn.Modul
         rule, kind, wanted = "Classes are matched with isinstance", "classes", item.__name__
         candidates = list(dict.fromkeys(type(module).__name__ for module in named.values()))
     found = repr(item) if isinstance(item, str) else f"class {wanted}"
-    nearest = _nearest(wanted, candidates)
-    advice = f"Nearest {kind}: {', '.join(nearest)}." if nearest else "It has no modules inside."
+    advice = _class_advice(item, named) if isinstance(item, str) else ""
+    if not advice:
+        nearest = _nearest(wanted, candidates)
+        advice = f"Nearest {kind}: {', '.join(nearest)}." if nearest else "It has no modules inside."
     return f"{argument}: {found} matches no module of {owner}. {rule}. {advice}"
+
+
+def _class_advice(item: str, named: dict[str, nn.Module]) -> str:
+    """Say what to write where text names a class of the model, as ``"torch.nn.Linear"`` in YAML does."""
+    wanted = item.rpartition(".")[2]
+    names = [name for name, module in named.items() if name and wanted in {c.__name__ for c in type(module).__mro__}]
+    if not names:
+        return ""
+    more = f" and {len(names) - _MAX_NEAREST} more" if len(names) > _MAX_NEAREST else ""
+    return (
+        f"{wanted} is a class: pass the class itself, or, where only text can be given (YAML, a command line), "
+        f"patterns for the names of its modules: {', '.join(names[:_MAX_NEAREST])}{more}."
+    )
 
 
 def _nearest(wanted: str, candidates: list[str]) -> list[str]:

@@ -195,6 +195,14 @@ def test_names_inside_a_scripted_module_are_what_torch_gives() -> None:
     assert [clean_fqn(name, model) for name, _ in model.named_parameters()] == ["0.0.weight", "0.0.bias"]
 
 
+@pytest.mark.parametrize("text", ["torch.nn.Linear", "Linear"])
+def test_class_that_is_given_as_text_gets_the_names_of_its_modules(text) -> None:
+    model = nn.Sequential(*[nn.Linear(2, 2) for _ in range(5)], nn.LayerNorm(2))
+    match = rf"modules: '{text}' matches no module of Sequential\..*Linear is a class.*: 0, 1, 2 and 2 more\.$"
+    with pytest.raises(UnmatchedPatternError, match=match):
+        select_modules(model, [text], argument="modules")
+
+
 def test_pattern_matches_through_compile_and_returns_the_module_that_runs() -> None:
     model = TinyEncoder()
     inner = model.encoder
