@@ -1,5 +1,6 @@
 """The precision manifest in few rows, and what a reader should know about it."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
@@ -33,6 +34,7 @@ _HALF = (torch.float16, torch.bfloat16)
 # Dimensions of tensor-core products: NVIDIA, "Deep Learning Performance" guide, 16-byte alignment.
 _MULTIPLE, _FP8_MULTIPLE = 8, 16
 _MAX_NAMES = 5
+_INDEX = re.compile(r"(?<![^.])\d+(?![^.])")
 
 
 @dataclass(frozen=True)
@@ -187,12 +189,28 @@ def describe_totals(rows: Sequence[ManifestRow], misaligned: Sequence[Misaligned
     if is_fp8:
         lines.append(_describe_fp8(rows))
     if misaligned:
-        sizes = [f"{m.fqn} {m.dimension} {m.size} -> {m.padded}" for m in misaligned]
-        found = "1 dimension is no multiple" if len(sizes) == 1 else f"{len(sizes)} dimensions are no multiples"
-        lines.append(
-            f"Misaligned: {found} of {misaligned[0].multiple}, which costs speed on tensor cores; pad: {_few(sizes)}"
-        )
+        number = len(misaligned)
+        found = "1 dimension is no multiple" if number == 1 else f"{number} dimensions are no multiples"
+        pads = _describe_pads(misaligned)
+        lines.append(f"Misaligned: {found} of {misaligned[0].multiple}, which costs speed on tensor cores; pad: {pads}")
     return lines
+
+
+def _describe_pads(misaligned: Sequence[Misaligned]) -> str:
+    """Name every dimension: modules with the same one together, and many of them by a pattern over their indices."""
+    names: dict[str, list[str]] = {}
+    for found in misaligned:
+        names.setdefault(f"{found.dimension} {found.size} -> {found.padded}", []).append(found.fqn)
+    return "; ".join(f"{pad} ({', '.join(_as_patterns(fqns))})" for pad, fqns in names.items())
+
+
+def _as_patterns(fqns: Sequence[str]) -> list[str]:
+    if len(fqns) <= _MAX_NAMES:
+        return list(fqns)
+    inside: dict[str, list[str]] = {}
+    for fqn in fqns:
+        inside.setdefault(_INDEX.sub("*", fqn), []).append(fqn)
+    return [f"{len(many)} x {pattern}" if len(many) > 1 else many[0] for pattern, many in inside.items()]
 
 
 def _describe_parameters(rows: Sequence[ManifestRow]) -> str:

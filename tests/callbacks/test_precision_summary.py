@@ -58,8 +58,28 @@ def test_depth_says_how_many_rows_there_are(max_depth, num_rows):
 def test_misaligned_dimensions_are_named_with_the_padded_size():
     line = next(line for line in show(MixedPrecision("bf16")) if line.startswith("Misaligned"))
     assert "3 dimensions are no multiples of 8" in line
-    assert "layer in_features 4 -> 8" in line
-    assert "blocks.0.1 out_features 130 -> 136" in line
+    assert "in_features 4 -> 8 (layer)" in line
+    assert "out_features 130 -> 136 (blocks.0.1, blocks.1.1)" in line
+
+
+def test_every_misaligned_dimension_is_named_however_many_there_are():
+    rows = [row(f"m{i}") for i in range(5)] + [row(f"layers.{i}.fc{i % 2}") for i in range(12)] + [row("head")]
+    sizes = {"m": (8, 20), "l": (12, 12), "h": (12, 16)}
+    model = nn.Module()
+    for found in rows:
+        parent, _, name = found.fqn.rpartition(".")
+        model.add_module("layers", getattr(model, "layers", nn.ModuleDict()))
+        index = parent.rpartition(".")[2]
+        if parent and index not in model.layers:
+            model.layers[index] = nn.Module()
+        owner = model.layers[index] if parent else model
+        owner.add_module(name, nn.Linear(*sizes[found.fqn[0]]))
+    line = describe_totals(rows, find_misaligned(model, rows), is_fp8=False)[-1]
+    assert line.startswith("Misaligned: 30 dimensions are no multiples of 8")
+    assert line.endswith(
+        "pad: out_features 20 -> 24 (m0, m1, m2, m3, m4); in_features 12 -> 16 (6 x layers.*.fc0, 6 x layers.*.fc1, "
+        "head); out_features 12 -> 16 (6 x layers.*.fc0, 6 x layers.*.fc1)"
+    )
 
 
 def test_fp32_products_are_never_misaligned():
