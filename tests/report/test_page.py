@@ -1,6 +1,8 @@
 """The report page shows what the logs hold, is one file, and says what nobody recorded."""
 
 import re
+import shutil
+import subprocess
 from html.parser import HTMLParser
 
 import pytest
@@ -11,6 +13,7 @@ from lightning_mp.report import build_report
 from lightning_mp.report.events import encode_event
 from lightning_mp.report.page import render_page
 
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 SCALES = [{"step": s, "loss_scale": 1024.0 / 2 ** min(s, 3), "found_inf": s < 3, "skipped": s < 3} for s in range(20)]
 OVERFLOW = {
     "step": 7, "batch_idx": 7, "rank": 1, "phase": "forward", "fqn": "encoder.<b>ffn</b>", "kind": "inf", "count": 3,
@@ -104,6 +107,28 @@ def test_every_section_shows_what_was_recorded():
     ):
         assert expected in text
     assert "Not recorded" not in text
+
+
+MEASURE = """<iframe src="page.html" style="width:390px;height:2000px;border:0"></iframe><script>
+onload = () => {
+  const table = document.querySelector("iframe").contentDocument.querySelector("table");
+  const box = table.parentElement;
+  document.body.dataset.found = [table.rows.length, box.clientWidth, box.scrollWidth].join(" ");
+};</script>"""
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs chromium, which is not installed")
+def test_overflows_fit_the_width_of_a_phone_however_long_a_name_is(tmp_path):
+    long_name = ".".join(["encoder_with_a_long_name"] * 6)
+    events = [{**OVERFLOW, "fqn": long_name, "calibrating": True}] * 3
+    (tmp_path / "page.html").write_text(render_page({**FULL, "overflow": events}), encoding="utf-8")
+    (tmp_path / "measure.html").write_text(MEASURE, encoding="utf-8")
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--allow-file-access-from-files", "--window-size=500,2000"]
+    command = [CHROMIUM, *flags, "--dump-dom", (tmp_path / "measure.html").as_uri()]
+    dom = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+    num_rows, shown, needed = map(int, re.search(r'data-found="(\d+) (\d+) (\d+)"', dom).groups())
+    assert num_rows == 4
+    assert 300 < needed <= shown < 390
 
 
 def test_health_uses_the_limits_of_the_run():
