@@ -38,6 +38,16 @@ class FP32Pin(Callback):
     and lists. What it reaches otherwise, as through an argument or an object of yours, is not: then name
     the module in ``modules``.
 
+    The functions, as torch and ``torch.nn.functional`` name them and as methods of tensors:
+
+    - softmax: ``softmax``, ``log_softmax``, ``softmin``, ``gumbel_softmax``;
+    - norm: ``batch_norm``, ``group_norm``, ``instance_norm``, ``layer_norm``, ``local_response_norm``,
+      ``rms_norm``, ``native_batch_norm``, ``native_group_norm``, ``native_layer_norm``;
+    - loss: ``cross_entropy``, ``nll_loss``, ``mse_loss`` and every other loss of ``torch.nn.functional``.
+
+    ``logsumexp``, ``torch.sparse.softmax``, ``normalize``, ``cosine_similarity`` and vector norms are none
+    of these: name the module that calls them in ``modules``.
+
     Not pinned: the softmax inside ``scaled_dot_product_attention``, which is fused with two matrix
     products and already computes in FP32. On CPU (torch 2.13; BF16 normal inputs, 64 heads of 128 keys
     of 64 features) its largest error against float64 is 2.7e-3, of which rounding the exact result to

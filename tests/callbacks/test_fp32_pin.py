@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import warnings
 
 import pytest
@@ -20,6 +21,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_mp.callbacks.fp32_pin import FP32Pin
 from lightning_mp.callbacks.overflow_monitor import OverflowMonitor
 from lightning_mp.errors import SettingValueError, UnmatchedPatternError, UnsupportedError
+from lightning_mp.pinning.functions import names_of
 from lightning_mp.pinning.swap import role_of
 from lightning_mp.precision import MixedPrecision
 
@@ -579,3 +581,9 @@ def test_pins_hold_under_ddp(plugin):
 def test_wrong_settings_are_refused_when_the_callback_is_built():
     with pytest.raises(SettingValueError, match="pins: 'layernorm' is not known"):
         FP32Pin(pins=["layernorm"])
+
+
+def test_documentation_lists_the_functions_that_are_pinned():
+    listed = set(re.findall(r"``(\w+)``", FP32Pin.__doc__.partition("The functions,")[2].partition("``logsumexp``")[0]))
+    assert {*names_of("softmax"), *names_of("norm")} < listed
+    assert listed - {*names_of("softmax"), *names_of("norm")} < set(names_of("loss"))
