@@ -13,6 +13,7 @@ from lightning_mp.callbacks.event_log import EventLog
 from lightning_mp.callbacks.health_message import describe_health, find_first_overflow, module_of
 from lightning_mp.callbacks.pictures import save_picture
 from lightning_mp.errors import LightningMPError
+from lightning_mp.loss_scale import DynamicLossScale
 from lightning_mp.metrics import Health, LossScaleTrajectory, ScaleLimits, ScaleRecord, find_first_applied, judge_health
 from lightning_mp.precision import MixedPrecision, StepReport
 from lightning_mp.precision.notices import notice, notice_once
@@ -107,7 +108,10 @@ class LossScaleMonitor(Callback):
             self._first_applied = find_first_applied(self.history)
 
     def _listen_to(self, plugin: MixedPrecision, trainer: Trainer) -> None:
-        self._limits = ScaleLimits.of(plugin.scaler.rule if plugin.scaler is not None else None)
+        rule = plugin.scaler.rule if plugin.scaler is not None else None
+        self._limits = ScaleLimits()
+        if isinstance(rule, DynamicLossScale):
+            self._limits = ScaleLimits(is_dynamic=True, min_scale=rule.min_scale, max_scale=rule.max_scale)
 
         def listen(report: StepReport) -> None:
             # A learning-rate finder that probes during training takes the callbacks away, not the plugin.

@@ -17,8 +17,8 @@ from lightning_mp.callbacks.fp32_pin import FP32Pin
 from lightning_mp.callbacks.loss_scale_monitor import LossScaleMonitor
 from lightning_mp.callbacks.run_manifest import describe_precision, is_fp8_run, read_manifest
 from lightning_mp.errors import LightningMPError, SettingValueError
+from lightning_mp.loss_scale import DynamicLossScale
 from lightning_mp.memory import estimate_memory
-from lightning_mp.metrics import ScaleLimits
 from lightning_mp.pinning import PinReport
 from lightning_mp.precision import MixedPrecision
 from lightning_mp.precision.notices import notice
@@ -154,9 +154,10 @@ def _describe_start(trainer: Trainer, pl_module: LightningModule) -> dict[str, A
 
 
 def _describe_limits(plugin: Any) -> dict[str, Any] | None:
-    if not isinstance(plugin, MixedPrecision):
-        return None
-    return asdict(ScaleLimits.of(plugin.scaler.rule if plugin.scaler is not None else None))
+    rule = getattr(getattr(plugin, "scaler", None), "rule", None)
+    if isinstance(rule, DynamicLossScale):
+        return {"is_dynamic": True, "min_scale": rule.min_scale, "max_scale": rule.max_scale}
+    return {"is_dynamic": False} if isinstance(plugin, MixedPrecision) else None
 
 
 def _describe_pins(report: PinReport) -> dict[str, Any]:

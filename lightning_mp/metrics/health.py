@@ -5,8 +5,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-from lightning_mp.loss_scale import DynamicLossScale
-
 __all__ = [
     "Health",
     "ScaleFall",
@@ -60,21 +58,6 @@ class ScaleLimits:
     min_scale: float = 0.0
     max_scale: float = math.inf
 
-    @staticmethod
-    def of(rule: object) -> "ScaleLimits":
-        """Return the limits of a loss-scaling rule, or of none.
-
-        A cap at which the scale starts is no limit that it ran into.
-
-        Example:
-            >>> ScaleLimits.of(DynamicLossScale(init_scale=8.0, max_scale=8.0))
-            ScaleLimits(is_dynamic=True, min_scale=1.0, max_scale=inf)
-        """
-        if not isinstance(rule, DynamicLossScale):
-            return ScaleLimits()
-        max_scale = rule.max_scale if rule.init_scale < rule.max_scale else math.inf
-        return ScaleLimits(is_dynamic=True, min_scale=rule.min_scale, max_scale=max_scale)
-
 
 @dataclass(frozen=True)
 class ScaleFall:
@@ -118,8 +101,8 @@ def judge_health(records: Sequence[ScaleRecord], limits: ScaleLimits, *, first_a
     """Return the first state that applies, in this order.
 
     - ``"collapsing"``: the scale fell by 2**8 or more within the last 50 attempts.
-    - ``"stuck"``: the scale is at its floor and overflowed there within the last 100 attempts, or it has
-      grown to its cap.
+    - ``"stuck"``: the scale is at its floor and overflowed there within the last 100 attempts, or it is
+      at its cap.
     - ``"thrashing"``: more than 20% of the last 100 attempts were skipped.
     - ``"calibrating"``: the scale is dynamic and no update was applied yet.
     - ``"healthy"``.
