@@ -14,6 +14,8 @@ import pytest
 import torch
 from torch.overrides import _get_current_function_mode_stack
 
+from lightning_mp.precision import notices
+
 # The suite runs beside others on few cores; one thread also keeps reductions in one order.
 torch.set_num_threads(1)
 
@@ -60,6 +62,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_was_said_yet(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a process says once, each test may hear: its outcome does not hang on those before it."""
+    monkeypatch.setattr(notices, "_said", set())
 
 
 @pytest.fixture(autouse=True)

@@ -161,6 +161,7 @@ class FP8Monitor(Callback):
             },
             on_step=True,
             on_epoch=False,
+            batch_size=1,  # else Lightning would look for one in the batch, and refuse dataloader_iter
         )
 
     def _judge(self, engine: FP8Engine, found: list[OperandStatistics]) -> set[str]:

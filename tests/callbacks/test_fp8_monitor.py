@@ -56,6 +56,23 @@ def fit(model: LightningModule, monitor: FP8Monitor, *, data: Any = None, **sett
     return run
 
 
+class Fetching(Net):
+    """Fetches its batches itself."""
+
+    def training_step(self, dataloader_iter: Any) -> Tensor:
+        batch, batch_idx, _ = next(dataloader_iter)
+        return super().training_step(batch, batch_idx)
+
+
+# Lightning 2.6: it is experimental.
+@pytest.mark.filterwarnings("ignore:Found `dataloader_iter` argument", "ignore:You are using the `dataloader_iter`")
+def test_step_that_fetches_its_batches_itself_is_measured_too() -> None:
+    monitor = FP8Monitor(every_n_steps=2, plot=False)
+    run = fit(Fetching(), monitor)
+    assert {record.step for record in monitor.history} == {0, 2, 4}
+    assert run.callback_metrics["fp8/demoted_layers"] == 0
+
+
 def test_measured_steps_are_those_asked_for_and_no_other_is_touched(tmp_path) -> None:
     model, monitor = Net(), FP8Monitor(every_n_steps=2, dirpath=tmp_path, plot=False)
     fit(model, monitor)
