@@ -90,6 +90,7 @@ class _Tensor:
     is_trainable: bool
     is_fp8: bool
     is_whole: bool  # a real tensor rather than a count of parameters
+    is_rewritten: bool = False  # by its own module, in forward: split keeps the published bits too
 
     @property
     def bytes_half(self) -> int:
@@ -152,7 +153,7 @@ def estimate_memory(
     shards = world_size if strategy in ("fsdp", "fsdp2") else 1
     estimate = MemoryEstimate(
         weights=sum(t.bytes_half if is_half else t.bytes_fp32 for t in tensors),
-        masters=sum(_MASTER_BYTES[master_weights] * t.numel for t in tensors if t.is_cast),
+        masters=sum(_master_bytes(t, master_weights) for t in tensors if t.is_cast),
         gradients=sum(t.bytes_half if is_half and not has_fp32_gradients else t.bytes_fp32 for t in trainable),
         optimizer_state=sum(_state_bytes(t, optimizer, is_half=master_weights == "none") for t in trainable),
         fp8_weights=sum(_FP8_BYTES * t.numel for t in tensors if t.is_fp8) if precision == "fp8" else 0,
@@ -203,6 +204,8 @@ def _tensors_of_module(module: nn.Module) -> Iterator[_Tensor]:
     """Describe each parameter once, however often it is tied."""
     norms = {id(p) for m in module.modules() if is_normalization(m) for p in m.parameters(recurse=False)}
     eligible = {id(weight) for weight in _fp8_weights(module)}
+    tables = [m for m in module.modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag)) and m.max_norm is not None]
+    rewritten = {id(table.weight) for table in tables}
     for name, param in module.named_parameters():
         if is_lazy(param):
             raise UnsupportedError(
@@ -217,6 +220,7 @@ def _tensors_of_module(module: nn.Module) -> Iterator[_Tensor]:
             is_trainable=param.requires_grad,
             is_fp8=id(param) in eligible,
             is_whole=True,
+            is_rewritten=id(param) in rewritten,
         )
 
 
@@ -230,6 +234,11 @@ def _fp8_weights(module: nn.Module) -> Iterator[nn.Parameter]:
         fits = linear.in_features % _FP8_MULTIPLE == 0 and linear.out_features % _FP8_MULTIPLE == 0
         if fits and linear not in heads:
             yield linear.weight  # type: ignore[misc]  # torch types it as a Tensor
+
+
+def _master_bytes(tensor: _Tensor, master_weights: str) -> int:
+    published = 2 if tensor.is_rewritten and master_weights == "split" else 0
+    return (_MASTER_BYTES[master_weights] + published) * tensor.numel
 
 
 def _state_bytes(tensor: _Tensor, optimizer: str, *, is_half: bool) -> int:

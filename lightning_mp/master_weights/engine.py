@@ -111,6 +111,7 @@ class MasterWeights:
         self._names = found
         self._masters = {param: _KINDS[self.mode](param, self.param_dtype) for param in found}
         _flatten_rnn_weights(module)
+        self._expect_writes(module)
         self._handles = install_hooks(module, self._masters)
 
     def attach(
@@ -141,7 +142,10 @@ class MasterWeights:
                 check_optimizer(optimizer, self._masters)
         for master in self._masters.values():
             master.move_()
-            master.settle_writes()
+            if ddp is not None and ddp.process_group.rank() > 0:
+                master.settle_writes()  # rank 0's values are here now, and what belongs to them comes below
+            else:
+                master.take_writes_()
         if ddp is not None:
             self._attach_ddp(ddp, reduce_dtype=reduce_dtype, accumulates=accumulates)
         elif self._reducer is None:
@@ -257,6 +261,14 @@ class MasterWeights:
         )
         step.install()
         self._steps[id(optimizer)] = step
+
+    def _expect_writes(self, module: nn.Module) -> None:
+        """Keep the published bits of tables that renormalize themselves in every forward."""
+        for child in module.modules():
+            if isinstance(child, (nn.Embedding, nn.EmbeddingBag)) and child.max_norm is not None:
+                master = next((self._masters[p] for p in child.parameters(recurse=False) if p in self._masters), None)
+                if isinstance(master, SplitMaster):
+                    master.keep_published_()
 
     def _before_step(self) -> None:
         self.finish_backward()

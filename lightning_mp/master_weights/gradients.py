@@ -65,6 +65,14 @@ class Gradients:
             return grad
         return self._clipped_(param, grad.to(torch.float32))
 
+    def in_dtype(self, param: nn.Parameter) -> Tensor | None:
+        """Return the gradient in the dtype of ``param``, with the clips that wait applied."""
+        grad = param.grad
+        if grad is None or (grad.dtype is param.dtype and param not in self._pending):
+            return grad
+        wide = self.fp32(param)
+        return None if wide is None else wide.to(param.dtype)
+
     def fp32_all(self, params: list[nn.Parameter], scratch: Scratch) -> list[Tensor | None]:
         """Return the true FP32 gradients of parameters on one device, upcast into ``scratch``."""
         grads = [param.grad for param in params]

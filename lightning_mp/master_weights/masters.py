@@ -87,6 +87,9 @@ class Master(ABC):
     def assign(self, value: Tensor) -> None:
         """Set the FP32 value from ``value`` (any floating dtype, the parameter's shape) and publish it."""
 
+    def take_writes_(self) -> None:  # noqa: B027 - only some kinds need it
+        """Take over what was written before training, and regard the parameter as published."""
+
     def settle_writes(self) -> None:  # noqa: B027 - only some kinds have anything to note
         """Regard the parameter as published: what was written to it so far is the master's own."""
 
@@ -174,8 +177,9 @@ class CopyMaster(Master):
         self._publish()
 
     def move_(self) -> None:
-        super().move_()
         master, param = self._master, self.param
+        if param.dtype is not self._param_dtype:
+            self._take_whole_()
         if master.device != param.device or master.stride() != param.stride():
             master.data = torch.empty_like(param, dtype=torch.float32).copy_(master)
 

@@ -6,31 +6,37 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
+from lightning_mp.master_weights.fingerprint import changed_elements, fingerprints
 from lightning_mp.master_weights.masters import Master, new_stand_in
 from lightning_mp.master_weights.scratch import Scratch
 from lightning_mp.master_weights.split import flat_view, join_, split_
 
 __all__ = ["SplitMaster"]
 
+_NO_FINGERPRINT = torch.empty(0, dtype=torch.int64, device="cpu")
 _NOTHING = torch.empty(0, dtype=torch.float32, device="cpu")
 
 
 class SplitMaster(Master):
     """The 16 bits that the BF16 parameter lacks.
 
-    A write through the parameter (``weight.zero_()`` under ``no_grad``, ``nn.init``) is seen by its
-    version counter, one through ``.data`` on a CPU by a sum over the bits. The first one replaces the
-    master by the parameter as it stands. From then on the published bits are kept too (2 more bytes
-    per element of this parameter), so that later writes replace only the elements that they changed.
-    On other devices reading a sum would wait for the device, so a write through ``.data`` leaves no
-    mark there: the master then rounds to the value written, within half a BF16 ulp of it.
+    On a CPU a write from outside is seen by a fingerprint of the bits. The first one replaces the master
+    by the parameter as it stands in the blocks of 256 elements that it changed. From then on the published
+    bits are kept too (2 more bytes per element of this parameter), so that later writes replace only the
+    elements that they changed; ``keep_published_`` starts with that. A weight that was written and put back
+    counts as not written.
+
+    On other devices reading a fingerprint would wait for the device. There a write through the parameter
+    (``weight.zero_()`` under ``no_grad``) is seen by its version counter, and the first one replaces the
+    whole master. A write through ``.data`` leaves no mark: the master then rounds to the value written,
+    within half a BF16 ulp of it.
     """
 
     def __init__(self, param: nn.Parameter, param_dtype: torch.dtype) -> None:
         self._lo = torch.empty_like(param, dtype=torch.int16)
         self._published: Tensor | None = None
         self._version = -1
-        self._bit_sum = 0
+        self._fingerprint = _NO_FINGERPRINT
         super().__init__(param, param_dtype)
         self._stand_in = new_stand_in(param, _NOTHING)
 
@@ -89,13 +95,38 @@ class SplitMaster(Master):
     def settle_writes(self) -> None:
         self._settle_all([self])
 
+    def take_writes_(self) -> None:
+        # Compared by content on any device, once: strategies and DDP touch parameters without changing them.
+        found = fingerprints([flat_view(self.param)])[0].cpu()
+        if self._fingerprint.numel() > 0 and not torch.equal(found, self._fingerprint):
+            self._take_over()
+        self.settle_writes()
+
+    def keep_published_(self) -> None:
+        """Keep the published bits from now on, for a parameter that others will write."""
+        if self._published is None:
+            self._published = self.param.detach().clone()
+
     @staticmethod
     def _settle_all(masters: Sequence["SplitMaster"]) -> None:
-        for master, bit_sum in zip(masters, _bit_sums([master.param for master in masters]), strict=True):
-            master._version, master._bit_sum = master.param._version, bit_sum
+        found = _fingerprints_on_cpu(masters)
+        for master, numbers in zip(masters, found, strict=True):
+            master._version, master._fingerprint = master.param._version, numbers
+
+    @staticmethod
+    def _written(masters: Sequence["SplitMaster"]) -> list["SplitMaster"]:
+        """Return those whose parameter may have been written since it was published."""
+        if masters[0].param.device.type != "cpu":
+            # With the published bits at hand no question to the device is needed: they are compared there.
+            return [m for m in masters if m._version != m.param._version or m._published is not None]
+        found, expected = _fingerprints_on_cpu(masters), [master._fingerprint for master in masters]
+        if torch.equal(torch.cat(found), torch.cat(expected)):
+            return []
+        return [m for m, now, then in zip(masters, found, expected, strict=True) if not torch.equal(now, then)]
 
     def move_(self) -> None:
-        super().move_()
+        if self.param.dtype is not self._param_dtype:
+            self._take_whole_()
         self._lo = _like(self._lo, self.param)
         if self._published is not None:
             self._published = _like(self._published, self.param)
@@ -104,16 +135,19 @@ class SplitMaster(Master):
     def _halves(masters: Sequence["SplitMaster"]) -> tuple[list[Tensor], list[Tensor]]:
         for master in masters:
             master.move_()
-        for master, bit_sum in zip(masters, _bit_sums([master.param for master in masters]), strict=True):
-            is_written = master._version != master.param._version or master._bit_sum != bit_sum
-            if is_written or master._published is not None:
-                master._take_over()
+        for master in SplitMaster._written(masters):
+            master._take_over()
         return [flat_view(master.param) for master in masters], [flat_view(master._lo) for master in masters]
 
     @torch.no_grad()
     def _take_over(self) -> None:
         if self._published is None:
-            self._lo.zero_()
+            flat, before = flat_view(self.param), self._fingerprint
+            if before.numel() > 0:
+                found = fingerprints([flat])[0].cpu()
+                flat_view(self._lo).masked_fill_(changed_elements(before, found, flat), 0)
+            else:
+                self._lo.zero_()
             self._published = self.param.detach().clone()
         else:
             changed = self._published.view(torch.int16) != self.param.detach().view(torch.int16)
@@ -129,18 +163,10 @@ def _like(tensor: Tensor, param: nn.Parameter) -> Tensor:
     return torch.empty_like(param, dtype=tensor.dtype).copy_(tensor)
 
 
-def _bit_sums(params: list[nn.Parameter]) -> list[int]:
-    """Sum the bits of each parameter on the CPU, four elements at a time; zeros on other devices."""
-    if not params or params[0].device.type != "cpu":
-        return [0] * len(params)
-    sums: list[int] = torch.stack([_bit_sum(flat_view(param.detach())) for param in params]).tolist()
-    return sums
-
-
-def _bit_sum(flat: Tensor) -> Tensor:
-    # Any single change shows; the sum may wrap. Four times fewer numbers make it 30 times faster.
-    is_aligned = flat.numel() % 4 == 0 and flat.storage_offset() % 4 == 0
-    return flat.view(torch.int64 if is_aligned else torch.int16).sum()
+def _fingerprints_on_cpu(masters: Sequence[SplitMaster]) -> list[Tensor]:
+    if masters[0].param.device.type != "cpu":
+        return [_NO_FINGERPRINT] * len(masters)
+    return fingerprints([flat_view(master.param) for master in masters])
 
 
 def _shaped(value: Tensor, param: nn.Parameter) -> Tensor:

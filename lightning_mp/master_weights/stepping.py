@@ -191,11 +191,10 @@ class MasterStep:
         if not masters:
             return stand_ins
         loaded = type(masters[0]).load_all(masters, scratch)
-        grads = self._gradients.fp32_all(mastered, scratch)
         if isinstance(masters[0], NoMaster):
-            grads = [
-                None if grad is None else grad.to(param.dtype) for grad, param in zip(grads, mastered, strict=True)
-            ]
+            grads = [self._gradients.in_dtype(param) for param in mastered]
+        else:
+            grads = self._gradients.fp32_all(mastered, scratch)
         for param, stand_in, grad in zip(mastered, loaded, grads, strict=True):
             stand_in.grad = grad
             stand_ins[param] = stand_in

@@ -12,7 +12,8 @@ from torch.nn.parameter import is_lazy
 
 __all__ = ["WriteWatch", "frozen_twins"]
 
-_LOOK_EVERY = 8
+# Odd: memory that is assigned anew often alternates between two addresses.
+_LOOK_EVERY = 7
 _LOOKS = 4
 
 
@@ -50,7 +51,7 @@ def _structure(module: nn.Module) -> list[tuple[str, tuple[int, ...] | None]]:
 class WriteWatch:
     """Tell once of 16-bit parameters that no optimizer updates and that are written all the time.
 
-    It looks at version counters and addresses, which asks no device, every 8th step.
+    It looks at version counters and addresses, which asks no device, every 7th step.
 
     Args:
         names: The mastered parameters and their dotted names. The mapping is read at each look.
@@ -69,7 +70,7 @@ class WriteWatch:
         self._tell = tell
         self._steps = 0
         self._seen: dict[nn.Parameter, tuple[int, int]] = {}
-        self._streaks: dict[nn.Parameter, int] = {}
+        self._counts: dict[nn.Parameter, int] = {}
         self._is_over = False
 
     def note_step(self) -> None:
@@ -87,8 +88,8 @@ class WriteWatch:
             mark = param._version, param.data_ptr()
             is_written = self._seen.get(param, mark) != mark
             self._seen[param] = mark
-            self._streaks[param] = self._streaks.get(param, 0) + 1 if is_written else 0
-            if self._streaks[param] >= _LOOKS:
+            self._counts[param] = max(0, self._counts.get(param, 0) + (1 if is_written else -1))
+            if self._counts[param] >= _LOOKS:
                 written.append(name)
         if written:
             self._is_over = True

@@ -63,12 +63,13 @@ def test_a_buffer_over_a_parameter_is_refused() -> None:
         MasterWeights("copy").convert_(module)
 
 
-def test_views_of_one_block_without_a_common_element_are_cast() -> None:
+@pytest.mark.parametrize("mode", ["copy", "split"])
+def test_views_of_one_block_without_a_common_element_are_cast(mode: str) -> None:
     # As vector_to_parameters leaves them, and as two halves of columns.
     block, wide = torch.randn(10), torch.randn(4, 6)
     for left, right in ((block[:5], block[5:]), (wide[:, :3], wide[:, 3:])):
         module = two(left, right)
-        masters = MasterWeights("copy")
+        masters = MasterWeights(mode)
         masters.convert_(module)
         assert torch.equal(masters.value_of(module.left), left)
         assert torch.equal(masters.value_of(module.right), right)

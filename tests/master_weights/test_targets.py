@@ -67,7 +67,7 @@ def test_an_average_in_16_bits_is_told_once_with_the_fix() -> None:
     for write in (average, assign_average):
         told = run(1, 100, write)
         assert len(told) == 1
-        assert "4 parameters that no optimizer updates are written between steps, target.0.weight first" in told[0]
+        assert "parameters that no optimizer updates are written between steps, target." in told[0]
         assert "FP32Pin(modules=('target', 'target.*'))" in told[0]
 
 
