@@ -95,9 +95,10 @@ class WriteWatch:
             self._is_over = True
             module = written[0].rpartition(".")[0]
             top = module.partition(".")[0] or written[0]
+            patterns = (top, f"{top}.*") if "." in module else (top,)
             self._tell(
                 f"master_weights: {len(written)} parameters that no optimizer updates are written between steps, "
                 f"{written[0]} first. If they average other weights, as a target network does, they do so in 16 bits "
                 "and stand still. Keep them in FP32: freeze the network before the fit (requires_grad_(False)), or "
-                f"FP32Pin(modules=({top!r}, '{top}.*'))."
+                f"FP32Pin(modules={patterns!r})."
             )

@@ -1,5 +1,6 @@
 """``MixedPrecision``, the Precision plugin: it orders the hooks and leaves the numerics to the engines."""
 
+import sys
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -31,6 +32,7 @@ from lightning_mp.precision.checkpoint import (
 from lightning_mp.precision.checks import check_optimizers, check_parameters, check_strategy
 from lightning_mp.precision.culprit import first_nonfinite_parameter
 from lightning_mp.precision.dispatch import call_hooks, is_module_hook_overridden
+from lightning_mp.precision.dtype_hint import add_dtype_hint
 from lightning_mp.precision.fp8 import convert_to_fp8, fp8_reasons, new_fp8_engine
 from lightning_mp.precision.manifest import ManifestRow, build_manifest
 from lightning_mp.precision.masters import (
@@ -362,6 +364,7 @@ class MixedPrecision(StepRegions, FSDPPrecision):  # type: ignore[misc]  # Light
         finally:
             self._release()
             if self._masters is not None:
+                add_dtype_hint(sys.exc_info()[1], self._module, self.policy.master_weights)
                 self._masters.detach()
             if self._fp8 is not None:
                 self._fp8.revert_()
