@@ -18,7 +18,7 @@ from torch.utils.hooks import RemovableHandle
 from lightning_mp.errors import UnsupportedError
 from lightning_mp.master_weights.masters import Master, NoMaster, cast_param_
 
-__all__ = ["install_hooks"]
+__all__ = ["install_hooks", "install_own_hooks"]
 
 
 def install_hooks(module: nn.Module, masters: Mapping[nn.Parameter, Master]) -> list[RemovableHandle]:
@@ -31,16 +31,26 @@ def install_hooks(module: nn.Module, masters: Mapping[nn.Parameter, Master]) -> 
     Returns:
         Handles; removing them leaves the modules as they were.
     """
-    handles: list[Any] = [_FP32Pickle(master) for master in masters.values() if not isinstance(master, NoMaster)]
+    handles: list[Any] = []
     for child in module.modules():
         checker = _Checker(masters, is_root=child is module)
         handles.append(child.register_load_state_dict_pre_hook(checker))  # type: ignore[no-untyped-call]
-        if any(param in masters for param in child.parameters(recurse=False)):
-            hooks = _ModuleHooks(child, masters)
-            handles.append(child._register_state_dict_hook(hooks.save))  # type: ignore[no-untyped-call]
-            handles.append(child.register_load_state_dict_pre_hook(hooks.load))  # type: ignore[no-untyped-call]
-            handles.append(child.register_load_state_dict_post_hook(hooks.loaded))  # type: ignore[no-untyped-call]
+        handles += install_own_hooks(child, masters)
     return handles
+
+
+def install_own_hooks(module: nn.Module, masters: Mapping[nn.Parameter, Master]) -> list[Any]:
+    """Do for the parameters that ``module`` itself owns what :func:`install_hooks` does for all."""
+    own = [masters[param] for param in module.parameters(recurse=False) if param in masters]
+    if not own:
+        return []
+    hooks = _ModuleHooks(module, masters)
+    return [
+        *(_FP32Pickle(master) for master in own if not isinstance(master, NoMaster)),
+        module._register_state_dict_hook(hooks.save),  # type: ignore[no-untyped-call]
+        module.register_load_state_dict_pre_hook(hooks.load),  # type: ignore[no-untyped-call]
+        module.register_load_state_dict_post_hook(hooks.loaded),  # type: ignore[no-untyped-call]
+    ]
 
 
 class _ModuleHooks:

@@ -14,12 +14,13 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from lightning_mp.errors import SettingValueError
-from lightning_mp.master_weights.checkpoints import install_hooks
+from lightning_mp.master_weights.checkpoints import install_hooks, install_own_hooks
 from lightning_mp.master_weights.ddp import FP32Reducer
 from lightning_mp.master_weights.gradients import Gradients
+from lightning_mp.master_weights.lazy import take_when_initialized
 from lightning_mp.master_weights.masters import CopyMaster, Master, NoMaster, cast_param_
 from lightning_mp.master_weights.optimizers import check_optimizer, upcast_state_
-from lightning_mp.master_weights.plan import params_to_cast, widen_norms_
+from lightning_mp.master_weights.plan import kept_params, params_to_cast, widen_norms_
 from lightning_mp.master_weights.split import flat_view
 from lightning_mp.master_weights.split_master import SplitMaster
 from lightning_mp.master_weights.stepping import MasterStep
@@ -78,6 +79,7 @@ class MasterWeights:
         self._reducer: FP32Reducer | None = None
         self._watch: WriteWatch | None = None
         self._has_16_bit_gradients = False
+        self._grad_dtype: torch.dtype | None = None
 
     @property
     def masters(self) -> Mapping[nn.Parameter, Master]:
@@ -92,9 +94,9 @@ class MasterWeights:
     def convert_(self, module: nn.Module, *, keep_fp32: Collection[nn.Parameter | nn.Module] = ()) -> None:
         """Take masters of the parameters of ``module`` and cast those to ``param_dtype``, in place.
 
-        Parameters keep their identity, tied ones are taken once, and a parameter that arrives in 16
-        bits gets that value as its master; a normalization layer that does becomes FP32. Called on a
-        converted module, it starts over from the masters' values.
+        Those of lazy modules follow in the first forward. Parameters keep their identity, tied ones are taken
+        once, and a parameter that arrives in 16 bits gets that value as its master; a normalization layer
+        that does becomes FP32. Called on a converted module, it starts over from the masters' values.
 
         Args:
             module: The root; its ``state_dict`` and ``load_state_dict`` speak FP32 from now on.
@@ -104,7 +106,7 @@ class MasterWeights:
             UnsupportedError: If a parameter cannot have a master. Nothing is changed then.
         """
         found = params_to_cast(module, keep_fp32=keep_fp32)
-        if self._masters:
+        if self._handles:
             self.detach()
             found = params_to_cast(module, keep_fp32=keep_fp32)
         widen_norms_(module)
@@ -113,6 +115,7 @@ class MasterWeights:
         _flatten_rnn_weights(module)
         self._expect_writes(module)
         self._handles = install_hooks(module, self._masters)
+        self._handles += take_when_initialized(module, kept_params(module, keep_fp32), self._take)
 
     def attach(
         self,
@@ -139,7 +142,7 @@ class MasterWeights:
         fresh = [optimizer for optimizer in optimizers if id(optimizer) not in self._steps]
         if self.mode != "none":
             for optimizer in fresh:
-                check_optimizer(optimizer, self._masters)
+                check_optimizer(optimizer, self._masters, _KINDS[self.mode], self.param_dtype)
         for master in self._masters.values():
             master.move_()
             if ddp is not None and ddp.process_group.rank() > 0:
@@ -167,10 +170,10 @@ class MasterWeights:
         Raises:
             UnsupportedError: If it cannot carry masters.
         """
-        if id(optimizer) in self._steps or not self._masters:
+        if id(optimizer) in self._steps or not self._handles:
             return
         if self.mode != "none":
-            check_optimizer(optimizer, self._masters)
+            check_optimizer(optimizer, self._masters, _KINDS[self.mode], self.param_dtype)
         self._attach_one(optimizer)
 
     def detach(self) -> None:
@@ -262,6 +265,15 @@ class MasterWeights:
         step.install()
         self._steps[id(optimizer)] = step
 
+    def _take(self, module: nn.Module, params: dict[nn.Parameter, str]) -> None:
+        """Take masters of what a lazy module has initialized."""
+        for param, name in params.items():
+            if param not in self._masters and param.dtype in (torch.float32, *_PARAM_DTYPES):
+                self._names[param] = name
+                self._masters[param] = _KINDS[self.mode](param, self.param_dtype)
+                param.grad_dtype = self._grad_dtype
+        self._handles += install_own_hooks(module, self._masters)
+
     def _expect_writes(self, module: nn.Module) -> None:
         """Keep the published bits of tables that renormalize themselves in every forward."""
         for child in module.modules():
@@ -287,6 +299,7 @@ class MasterWeights:
 
     def _set_grad_dtype(self, dtype: torch.dtype | None) -> None:
         self._has_16_bit_gradients = dtype is None
+        self._grad_dtype = dtype
         for param in self._masters:
             grad, param.grad = param.grad, None
             param.grad_dtype = dtype

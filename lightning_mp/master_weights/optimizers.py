@@ -1,6 +1,6 @@
 """Which optimizers can work on masters: the ones that treat each parameter for itself."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from inspect import Parameter, signature
 from typing import Any
 
@@ -23,12 +23,16 @@ _KEEPS_SETTINGS = {"defaults", "state", "param_groups"}
 _FIX = "Use an optimizer of torch.optim, or master_weights='params'."
 
 
-def check_optimizer(optimizer: Optimizer, masters: Mapping[nn.Parameter, Master]) -> None:
+def check_optimizer(
+    optimizer: Optimizer, mastered: Iterable[nn.Parameter], kind: type[Master], param_dtype: torch.dtype
+) -> None:
     """Refuse an optimizer that cannot be stepped part by part on stand-ins for its parameters.
 
     Args:
         optimizer: Not modified.
-        masters: The parameters that have masters, and these.
+        mastered: The parameters that have masters.
+        kind: Which masters these are.
+        param_dtype: What they publish.
 
     Raises:
         UnsupportedError: If the optimizer brings its own masters, wraps another optimizer, holds
@@ -54,10 +58,8 @@ def check_optimizer(optimizer: Optimizer, masters: Mapping[nn.Parameter, Master]
             f"master_weights: {name}.step demands a closure, which it may call between two updates, when the model's "
             f"weights are not the masters. {_FIX}"
         )
-    _check_attributes(optimizer, set(masters))
-    for param, master in masters.items():
-        check_by_trial(optimizer, type(master), param.dtype)
-        return
+    _check_attributes(optimizer, set(mastered))
+    check_by_trial(optimizer, kind, param_dtype)
 
 
 def upcast_state_(optimizer: Optimizer, masters: Mapping[nn.Parameter, Master]) -> None:

@@ -4,6 +4,7 @@ from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from lightning_mp.errors import UnsupportedError
 
@@ -26,6 +27,8 @@ def check_overlap(module: nn.Module, cast: Collection[nn.Parameter]) -> None:
     blocks: dict[tuple[torch.device, int], dict[str, Tensor]] = {}
     named = {**dict(module.named_buffers()), **dict(module.named_parameters())}
     for name, tensor in named.items():
+        if is_lazy(tensor):
+            continue
         if tensor.layout is torch.strided and tensor.device.type != "meta" and tensor.numel() > 0:
             key = (tensor.device, tensor.untyped_storage().data_ptr())
             blocks.setdefault(key, {})[name] = tensor

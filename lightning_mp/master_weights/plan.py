@@ -13,7 +13,7 @@ from lightning_mp.master_weights.masters import cast_param_
 from lightning_mp.master_weights.overlap import check_overlap
 from lightning_mp.selection import is_normalization
 
-__all__ = ["params_to_cast", "widen_norms_"]
+__all__ = ["kept_params", "params_to_cast", "widen_norms_"]
 
 _HALF = (torch.float16, torch.bfloat16)
 _CAST_DTYPES = (torch.float32, *_HALF)
@@ -27,7 +27,7 @@ def params_to_cast(
     Normalization layers stay FP32 (they are tiny, and CPU norms refuse mixed dtypes), and so do the
     originals of parametrized weights (their functions mix them with FP32 buffers outside of autocast)
     and what ``keep_fp32`` holds. FP64, complex, integer and FP8 parameters are left as they are; buffers are
-    no parameters.
+    no parameters. Those that are not initialized yet are left out.
 
     Args:
         module: The root. Tied parameters count once, and stay FP32 if any owner must.
@@ -37,15 +37,12 @@ def params_to_cast(
         Parameter to its first dotted name.
 
     Raises:
-        UnsupportedError: If a parameter is not initialized yet, holds no dense memory, or shares it with
-            another tensor of the module.
+        UnsupportedError: If a parameter holds no dense memory, or shares it with another tensor of the module.
     """
-    kept = set(_kept_params(module, keep_fp32))
+    kept = kept_params(module, keep_fp32)
     found: dict[nn.Parameter, str] = {}
     for name, param in module.named_parameters():
-        if is_lazy(param):
-            raise UnsupportedError(_lazy_message(name, module))
-        if param in kept or param.dtype not in _CAST_DTYPES:
+        if param in kept or param.dtype not in _CAST_DTYPES or is_lazy(param):
             continue
         if param.layout is not torch.strided or param.device.type == "meta" or _is_subclass(param):
             raise UnsupportedError(
@@ -73,6 +70,11 @@ def widen_norms_(module: nn.Module) -> None:
                 buffer.data = buffer.data.to(torch.float32)
 
 
+def kept_params(module: nn.Module, keep_fp32: Collection[nn.Parameter | nn.Module]) -> set[nn.Parameter]:
+    """Return the parameters that are not cast, whatever their dtype: of normalization layers, and what is asked for."""
+    return set(_kept_params(module, keep_fp32))
+
+
 def _kept_params(module: nn.Module, keep_fp32: Collection[nn.Parameter | nn.Module]) -> Iterator[nn.Parameter]:
     for kept in keep_fp32:
         if isinstance(kept, nn.Module):
@@ -98,11 +100,3 @@ def _kind_of(param: nn.Parameter) -> str:
     if param.layout is not torch.strided:
         return f"of layout {param.layout}"
     return f"a {type(param.data).__name__}"
-
-
-def _lazy_message(name: str, module: nn.Module) -> str:
-    return (
-        f"master_weights: parameter {name!r} of {type(module).__name__} is not initialized yet, so it has no value to "
-        "take a master from. Run one batch through the lazy modules in configure_model() or before the fit, "
-        "or use master_weights='params'."
-    )

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from lightning_mp.errors import UnsupportedError
@@ -178,7 +179,7 @@ def _small_group(group: dict[str, Any], memo: dict[int, Any]) -> dict[str, Any]:
     settings = copy.deepcopy({key: value for key, value in group.items() if key != "params"}, memo)
     params = []
     for source in _examples(group):
-        param = nn.Parameter(torch.randn((_SIDE,) * source.dim()))
+        param = nn.Parameter(torch.randn((_SIDE,) * (2 if is_lazy(source) else source.dim())))
         attributes = {name: value for name, value in vars(source).items() if not name.startswith("__")}
         vars(param).update(copy.deepcopy(attributes, memo))
         memo.setdefault(id(source), param)

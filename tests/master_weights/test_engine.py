@@ -100,7 +100,7 @@ def test_settings_that_are_not_allowed_are_refused(settings: dict[str, Any], mes
 
 
 def test_a_refused_module_is_left_as_it_was() -> None:
-    module = nn.Sequential(nn.Linear(2, 2), nn.LazyLinear(2))
+    module = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2, device="meta"))
     with pytest.raises(UnsupportedError):
         MasterWeights("split").convert_(module)
     assert module[0].weight.dtype is torch.float32

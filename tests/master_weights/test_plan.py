@@ -71,10 +71,11 @@ def test_tied_parameters_count_once_and_stay_fp32_if_one_owner_must() -> None:
     assert params_to_cast(root, keep_fp32=[root["head"].weight]) == {}
 
 
-def test_a_lazy_parameter_is_refused_with_its_name_and_the_fix() -> None:
+def test_a_lazy_parameter_is_left_out_until_it_has_a_shape() -> None:
     root = nn.Sequential(nn.Linear(4, 4), nn.LazyLinear(4))
-    with pytest.raises(UnsupportedError, match=r"'1.weight' of Sequential is not initialized yet.*Run one batch"):
-        params_to_cast(root)
+    assert list(params_to_cast(root).values()) == ["0.weight", "0.bias"]
+    root(torch.ones(1, 4))
+    assert list(params_to_cast(root).values()) == ["0.weight", "0.bias", "1.weight", "1.bias"]
 
 
 def test_a_meta_parameter_is_refused_with_its_name_and_the_fix() -> None:
