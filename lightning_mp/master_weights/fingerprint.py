@@ -42,8 +42,6 @@ def changed_elements(left: Tensor, right: Tensor, flat: Tensor) -> Tensor:
 def _sizes(flat: Tensor) -> list[int]:
     """Return how many elements each number of the fingerprint stands for."""
     numel = flat.numel()
-    if numel >= _SMALL and flat.storage_offset() % _PER_WORD != 0:
-        return [_WORDS] * (numel // _WORDS) + [numel % _WORDS] * (numel % _WORDS > 0)
     sizes = [_BLOCK] * (numel // _BLOCK)
     rest, tail = numel % _BLOCK, 0
     if numel >= _SMALL:
@@ -65,7 +63,7 @@ def _together(flats: list[Tensor]) -> Sequence[Tensor]:
 def _direct(flat: Tensor) -> Tensor:
     bits = flat.detach()
     if bits.storage_offset() % _PER_WORD != 0:
-        return _weighted(bits.view(torch.int16).to(torch.int64))
+        bits = bits.clone()  # the same numbers wherever a parameter lies: cuDNN's layers move theirs
     whole = bits.numel() // _PER_WORD * _PER_WORD
     if whole == bits.numel():
         return _weighted(bits.view(torch.int64))

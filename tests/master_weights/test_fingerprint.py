@@ -31,6 +31,15 @@ def test_a_change_of_one_element_is_found_in_its_block_of_256_and_nowhere_else(n
         assert int(mask.sum()) <= 256
 
 
+@pytest.mark.parametrize("numel", SIZES)
+def test_a_fingerprint_does_not_depend_on_where_the_tensor_lies(numel: int) -> None:
+    flat = torch.randn(numel).bfloat16()
+    for offset in (1, 2, 4):
+        moved = torch.zeros(numel + offset, dtype=torch.bfloat16)
+        moved[offset:] = flat
+        assert torch.equal(fingerprint(moved[offset:]), fingerprint(flat))
+
+
 def test_elements_that_change_places_are_found() -> None:
     flat = torch.randn(1024).bfloat16()
     before = fingerprint(flat)
