@@ -35,8 +35,18 @@ WITHIN_LAYER = {
 }
 WITH_TORCHMETRICS = {"metrics", "callbacks"}
 TRANSFORMER_ENGINE_FILE = Path("fp8/transformer_engine.py")
+TRITON_FILE = Path("master_weights/adam_kernel.py")
 # Loaded by the function that needs them, never by importing the package.
-LOADED_ON_USE = ("transformer_engine", "matplotlib", "rich", "jinja2", "transformers", "torchao", "pydoc_data")
+LOADED_ON_USE = (
+    "transformer_engine",
+    "triton",
+    "matplotlib",
+    "rich",
+    "jinja2",
+    "transformers",
+    "torchao",
+    "pydoc_data",
+)
 
 
 @dataclass(frozen=True)
@@ -117,7 +127,11 @@ def breaks_transformer_engine(found: Import) -> bool:
     return is_engine and not (found.file == TRANSFORMER_ENGINE_FILE and found.in_function)
 
 
-RULES = [breaks_order, breaks_lightning, breaks_torchmetrics, breaks_transformer_engine]
+def breaks_triton(found: Import) -> bool:
+    return found.root == "triton" and not (found.file == TRITON_FILE and found.in_function)
+
+
+RULES = [breaks_order, breaks_lightning, breaks_torchmetrics, breaks_transformer_engine, breaks_triton]
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -142,6 +156,8 @@ def test_every_import_of_the_package_keeps(rule) -> None:
         (breaks_transformer_engine, "fp8/transformer_engine.py", "import transformer_engine.pytorch as te"),
         (breaks_transformer_engine, "fp8/convert.py", "def f():\n    import transformer_engine"),
         (breaks_transformer_engine, "hardware.py", "def f():\n    importlib.import_module('transformer_engine')"),
+        (breaks_triton, "master_weights/adam_kernel.py", "import triton.language as tl"),
+        (breaks_triton, "master_weights/split.py", "def f():\n    import triton"),
     ],
 )
 def test_rule_catches(rule, file, source) -> None:
@@ -154,6 +170,7 @@ def test_rule_catches(rule, file, source) -> None:
         ("pinning/modules.py", "from lightning_mp.pinning.functions import pinned\nfrom . import functions"),
         ("pinning/modules.py", "from lightning_mp.selection import select_modules"),
         ("precision/plugin.py", "from lightning.pytorch.plugins import Precision"),
+        ("master_weights/adam_kernel.py", "def f():\n    import triton"),
         ("callbacks/range.py", "from lightning_mp.metrics import UnderflowFraction\nfrom torchmetrics import Metric"),
         ("fp8/transformer_engine.py", "def f():\n    import transformer_engine.pytorch as te"),
         ("__init__.py", "from lightning_mp.precision import MixedPrecision"),
