@@ -219,6 +219,14 @@ class MasterWeights:
         """Return the dotted name under which a mastered parameter was found."""
         return self._names[param]
 
+    def step_path(self, optimizer: Optimizer) -> str:
+        """Say how an attached optimizer updated the masters in its last step."""
+        fused = self._steps[id(optimizer)].fused
+        if fused is None or fused.num_updated == 0:
+            reason = "its step was replaced" if fused is None else fused.reason or "it has not stepped"
+            return f"generic path: {reason}"
+        return f"fused kernel for {fused.num_updated} parameters" + (fused.reason and f", not others: {fused.reason}")
+
     def begin_backward(self) -> None:
         """Make room for the gradients of a backward; call it before each one.
 

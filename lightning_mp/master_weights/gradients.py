@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lightning_mp.errors import LightningMPError, UnsupportedError
 from lightning_mp.master_weights.scratch import Scratch
 
-__all__ = ["Gradients", "total_grad_norm"]
+__all__ = ["Gradients", "Scaling", "total_grad_norm"]
 
 # The guard of torch.nn.utils.clip_grad_norm_ against division by zero.
 _CLIP_EPS = 1e-6
@@ -24,6 +24,16 @@ _HALF = (torch.float16, torch.bfloat16)
 
 class NonFiniteNormError(LightningMPError, RuntimeError):
     """The norm of the gradients is not finite and the caller asked to stop there."""
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """The multiplication by which a norm is clipped."""
+
+    factor: Tensor
+
+    def __call__(self, grad: Tensor) -> Tensor:
+        return grad.mul_(self.factor.to(grad.device))
 
 
 @dataclass
@@ -126,7 +136,7 @@ class Gradients:
     def clip_with_norm_(self, params: Iterable[nn.Parameter], max_norm: float, norm: Tensor) -> None:
         """Clip as ``torch.nn.utils.clip_grads_with_norm_``: to ``max_norm``, given that the norm is ``norm``."""
         factor = (max_norm / (norm + _CLIP_EPS)).clamp(max=1.0)
-        self._apply(params, lambda grad: grad.mul_(factor.to(grad.device)))
+        self._apply(params, Scaling(factor))
 
     def clip_value_(self, params: Iterable[nn.Parameter], clip_value: float) -> None:
         """Clip as ``torch.nn.utils.clip_grad_value_``, on FP32 values."""
@@ -144,6 +154,14 @@ class Gradients:
         entry = self._pending.pop(param, None)
         if self.shows_clipped and entry is not None and clipped is not None:
             entry.grad.copy_(clipped)
+
+    def waiting(self, param: nn.Parameter) -> list[Callable[[Tensor], Tensor]]:
+        """Return what is still to be done to the FP32 value of a 16-bit gradient, in order.
+
+        Raises:
+            UnsupportedError: If the gradient was changed or replaced while a clip of it waited.
+        """
+        return self._operations(param)
 
     def forget_all(self) -> None:
         """Drop the clips that wait: their gradients will not be used."""

@@ -79,6 +79,14 @@ class Master(ABC):
     def store_all(cls, masters: list[Self], stand_ins: list[nn.Parameter], scratch: Scratch) -> None:
         """Take the updated values of what :meth:`load_all` returned and publish them to the parameters."""
 
+    @classmethod  # noqa: B027 - only some kinds have anything to do
+    def before_in_place(cls, masters: list[Self]) -> None:
+        """Prepare for an update that works on the parameters and on :meth:`tensors` as they are."""
+
+    @classmethod  # noqa: B027 - only some kinds have anything to do
+    def after_in_place(cls, masters: list[Self]) -> None:
+        """Regard what such an update wrote to the parameters as published."""
+
     @abstractmethod
     def value(self) -> Tensor:
         """Return the FP32 value, on the parameter's device. It may be the master itself."""

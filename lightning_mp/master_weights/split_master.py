@@ -76,6 +76,18 @@ class SplitMaster(Master):
                 master._published.copy_(master.param)
         cls._settle_all(masters)
 
+    @classmethod
+    def before_in_place(cls, masters: list[Self]) -> None:
+        cls._halves(masters)
+
+    @classmethod
+    @torch.no_grad()
+    def after_in_place(cls, masters: list[Self]) -> None:
+        for master in masters:
+            if master._published is not None:
+                master._published.copy_(master.param)
+        cls._settle_all(masters)
+
     @torch.no_grad()
     def value(self) -> Tensor:
         his, los = self._halves([self])

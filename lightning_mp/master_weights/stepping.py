@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_mp.master_weights.fused_adam import FusedAdam
 from lightning_mp.master_weights.gradients import Gradients
 from lightning_mp.master_weights.masters import CopyMaster, Master, NoMaster
 from lightning_mp.master_weights.scratch import Scratch
@@ -68,6 +69,8 @@ class MasterStep:
         #: The author's step without hooks and schedulers' wrappers.
         self.inner_step = self._find_step()
         self._inner_load = self._own["load_state_dict"] or MethodType(type(optimizer).load_state_dict, optimizer)
+        #: Updates what it can by one kernel, unless ``step`` is not the class's own.
+        self.fused = FusedAdam(optimizer, masters, gradients) if self._has_own_step() else None
         self._installed: dict[str, Any] = {}
 
     def install(self) -> None:
@@ -95,6 +98,8 @@ class MasterStep:
         for name in self._switches:
             self._installed[name] = partial(self._switch, name)
         vars(self.optimizer).update(self._installed)
+        if self.fused is not None:
+            self.fused.prepare()
 
     def remove(self) -> None:
         """Give the instance its own methods back, unless someone else replaced ours since."""
@@ -110,11 +115,15 @@ class MasterStep:
     def _find_step(self) -> Callable[..., Any]:
         """Return the step to call per bucket: without hooks and schedulers' wrappers, which come once."""
         own = self._own["step"]
-        if own is not None and not hasattr(own, "_wrapped_by_lr_sched"):
+        if own is not None and not self._has_own_step():
             replaced: Callable[..., Any] = own  # by the user
             return replaced
         step: Any = type(self.optimizer).step
         return MethodType(step.__wrapped__ if getattr(step, "hooked", False) else step, self.optimizer)
+
+    def _has_own_step(self) -> bool:
+        own = self._own["step"]
+        return own is None or hasattr(own, "_wrapped_by_lr_sched")
 
     def _show_gradients(self) -> None:
         """Let step hooks find the gradients that the step will use, in FP32, to read and to change."""
@@ -130,7 +139,11 @@ class MasterStep:
                 loss = closure()
         self._before_step()
         vars(self.optimizer)["_opt_called"] = True
-        result = self._on_stand_ins(partial(self.inner_step, **kwargs), list(self._buckets(_has_gradient)))
+        done = () if self.fused is None or kwargs else self.fused.step_()
+        result = None
+        buckets = list(self._buckets(lambda param: param.grad is not None and param not in done))
+        if not done or buckets[0]:
+            result = self._on_stand_ins(partial(self.inner_step, **kwargs), buckets)
         return result if loss is None else loss
 
     def _switch(self, name: str, *args: Any, **kwargs: Any) -> Any:
@@ -230,10 +243,6 @@ class MasterStep:
             return param
         scalar = torch.zeros((), dtype=torch.float32, device=param.device)
         return nn.Parameter(scalar.expand(param.shape), requires_grad=param.requires_grad)
-
-
-def _has_gradient(param: nn.Parameter) -> bool:
-    return param.grad is not None
 
 
 class _SharedState:

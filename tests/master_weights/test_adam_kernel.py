@@ -34,6 +34,7 @@ for weights, grads in (("split", "bf16"), ("split", "fp32"), ("bf16", "bf16"), (
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     importlib.util.find_spec("triton") is None,
     reason="test_kernel_compiles_for_hopper_without_contracted_or_approximate_arithmetic: needs Triton, "
