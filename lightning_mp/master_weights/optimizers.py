@@ -102,6 +102,14 @@ def _demands_closure(optimizer: Optimizer) -> bool:
     return closure is not None and closure.default is Parameter.empty
 
 
+def _is_buffer(tensor: Tensor, optimizer: Optimizer) -> bool:
+    """Tell whether an attribute may hold weights: it is as large as all of them, or shaped as one of them."""
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    if not tensor.is_floating_point() or tensor.numel() < 2:
+        return False
+    return tensor.numel() >= sum(p.numel() for p in params) or any(tensor.shape == p.shape for p in params)
+
+
 def _check_attributes(optimizer: Optimizer, mastered: set[nn.Parameter]) -> None:
     name = type(optimizer).__qualname__
     ids = {id(param) for group in optimizer.param_groups for param in group["params"]}
@@ -119,7 +127,7 @@ def _check_attributes(optimizer: Optimizer, mastered: set[nn.Parameter]) -> None
                     f"master_weights: {name}.{key} knows parameters by their id(), and FP32 tensors stand in for them "
                     f"in the step. Put what differs into parameter groups or an attribute of the parameter. {_FIX}"
                 )
-            if isinstance(item, Tensor) and (item in mastered or (item.is_floating_point() and item.numel() > 1)):
+            if isinstance(item, Tensor) and (item in mastered or _is_buffer(item, optimizer)):
                 raise UnsupportedError(
                     f"master_weights: {name}.{key} holds parameters or a flat buffer outside of param_groups and "
                     f"state, so it would update 16-bit weights. {_FIX}"

@@ -139,6 +139,10 @@ class SplitMaster(Master):
     def move_(self) -> None:
         if self.param.dtype is not self._param_dtype:
             self._take_whole_()
+        if self._lo.stride() != self.param.stride():
+            # Fingerprints follow the memory: in another order, as of channels_last, each block would look written.
+            self._lo = _like(self._lo, self.param)
+            self.settle_writes()
         self._lo = _like(self._lo, self.param)
         if self._published is not None:
             self._published = _like(self._published, self.param)

@@ -11,6 +11,7 @@ from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
+from inspect import signature
 from types import MethodType
 from typing import Any
 
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_mp.closures import EvaluatedClosure
 from lightning_mp.master_weights.fused_adam import FusedAdam
 from lightning_mp.master_weights.gradients import Gradients
 from lightning_mp.master_weights.masters import CopyMaster, Master, NoMaster
@@ -72,6 +74,9 @@ class MasterStep:
         #: Updates what it can by one kernel, unless ``step`` is not the class's own.
         self.fused = FusedAdam(optimizer, masters, gradients) if self._has_own_step() else None
         self._installed: dict[str, Any] = {}
+        author: Any = type(optimizer)
+        self._takes_closure = not author.__module__.startswith("torch.optim.") and _has_closure(author)
+        self._has_stepped = False
 
     def install(self) -> None:
         """Replace the methods of the instance."""
@@ -143,8 +148,16 @@ class MasterStep:
         result = None
         buckets = list(self._buckets(lambda param: param.grad is not None and param not in done))
         if not done or buckets[0]:
-            result = self._on_stand_ins(partial(self.inner_step, **kwargs), buckets)
+            result = self._on_stand_ins(partial(self._author_step, loss, kwargs), buckets)
+            self._has_stepped = True
         return result if loss is None else loss
+
+    def _author_step(self, loss: Any, kwargs: dict[str, Any]) -> Any:
+        if loss is not None and self._takes_closure:
+            # A rule may use the loss, as Polyak's step size does.
+            closure = EvaluatedClosure(loss, self.optimizer, is_new=not self._has_stepped)
+            return self.inner_step(closure=closure, **kwargs)
+        return self.inner_step(**kwargs)
 
     def _switch(self, name: str, *args: Any, **kwargs: Any) -> Any:
         """Call a method that moves weights between steps, on the stand-ins of all parameters."""
@@ -243,6 +256,10 @@ class MasterStep:
             return param
         scalar = torch.zeros((), dtype=torch.float32, device=param.device)
         return nn.Parameter(scalar.expand(param.shape), requires_grad=param.requires_grad)
+
+
+def _has_closure(optimizer_class: Any) -> bool:
+    return "closure" in signature(optimizer_class.step).parameters
 
 
 class _SharedState:

@@ -315,6 +315,8 @@ class MixedPrecision(StepRegions, FSDPPrecision):  # type: ignore[misc]  # Light
         # so that nothing is pending when its state is read.
         hooked = [o for o in optimizers if hasattr(o, "_optimizer_state_dict_pre_hooks")]
         self._handles = [o.register_state_dict_pre_hook(lambda _: self.settle()) for o in hooked]
+        if is_manual and (self.scaler is not None or self._fp8 is not None):
+            self._handles += [o.register_step_pre_hook(self._before_any_step) for o in hooked]
         if self.policy.hold_schedulers:
             self._holds = hold_schedulers(
                 lr_schedulers,
@@ -330,6 +332,16 @@ class MixedPrecision(StepRegions, FSDPPrecision):  # type: ignore[misc]  # Light
             and isinstance(model, nn.parallel.DistributedDataParallel)
         ):
             compress_reduction(model, reduce_dtype)
+
+    def _before_any_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        """Refuse a step that passes by the plugin, with gradients that are scaled or FP8 scales that stand still."""
+        if not self._stepper.is_stepping:
+            name = type(optimizer).__name__
+            raise UnsupportedError(
+                f"precision={self.policy.precision!r}: {name}.step() was called on the optimizer itself, past the "
+                "plugin, which unscales gradients and moves FP8 scales in a step. Step what self.optimizers() returns, "
+                "with use_pl_optimizer=True."
+            )
 
     def _name_first_nonfinite(self, attempt: Attempt) -> str | None:
         module = self._module

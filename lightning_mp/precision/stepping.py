@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_mp.casting import clear_cast_weights
+from lightning_mp.closures import EvaluatedClosure
 from lightning_mp.errors import UnsupportedError
 from lightning_mp.grad_scaler import (
     BackwardWatch,
@@ -21,7 +22,7 @@ from lightning_mp.grad_scaler import (
 from lightning_mp.master_weights import Gradients
 from lightning_mp.precision.checks import ignores_closure, is_closure_repeating, takes_closure
 from lightning_mp.precision.ranks import any_rank_
-from lightning_mp.precision.repeats import EvaluatedClosure, step_with_repeats
+from lightning_mp.precision.repeats import step_with_repeats
 from lightning_mp.precision.steps import Attempt, StepLedger
 
 __all__ = ["OptimizerStepper"]
@@ -57,6 +58,7 @@ class OptimizerStepper:
         self.ledger = ledger
         self.unscaler = GradientUnscaler(scaler, is_manual=is_manual, is_sharded=is_sharded)
         self.is_in_batch = False
+        self.is_stepping = False
         self.gradients: Gradients | None = None  # reads and clips those of 16-bit parameters
         self._on_nonfinite = on_nonfinite
         self._is_manual = is_manual
@@ -115,6 +117,19 @@ class OptimizerStepper:
         Returns:
             What ``optimizer.step`` returns; ``None`` for a step that the host skipped.
         """
+        self.is_stepping = True
+        try:
+            return self._step(optimizer, closure, after_closure, kwargs)
+        finally:
+            self.is_stepping = False
+
+    def _step(
+        self,
+        optimizer: Optimizer,
+        closure: Callable[[], Any],
+        after_closure: Callable[[Optimizer], None],
+        kwargs: dict[str, Any],
+    ) -> Any:
         if is_closure_repeating(optimizer):
             return step_with_repeats(self.ledger, self.unscaler, optimizer, closure, after_closure, kwargs)
         result = closure()

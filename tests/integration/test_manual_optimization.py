@@ -356,3 +356,42 @@ def test_no_hook_is_left_on_parameters():
     model = ForgetsOnce((0,), shares=False)
     trainer(MixedPrecision("fp16", loss_scale=8.0)).fit(model, batches(2))
     assert not any(p._post_accumulate_grad_hooks for p in model.parameters())
+
+
+class Raw(Two):
+    """Steps an optimizer past the plugin."""
+
+    def __init__(self, width=4):
+        super().__init__()
+        self.a = nn.Linear(width, width)
+        self.head = nn.Linear(width, 1)
+
+    def training_step(self, batch, batch_idx):
+        optimizer = self.optimizers(use_pl_optimizer=False)
+        self.manual_backward(self.head(self.a(batch[0])).float().mean())
+        optimizer.step()
+        optimizer.zero_grad()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.05)
+
+
+@pytest.mark.parametrize("precision", ["fp16", "fp8"])
+@pytest.mark.parametrize("masters", ["params", "copy"])
+def test_step_past_the_plugin_is_refused_where_it_would_use_scaled_gradients_or_old_scales(precision, masters):
+    width = 16 if precision == "fp8" else 4
+    plugin = MixedPrecision(
+        precision, master_weights=masters, fp8={"backend": "emulated", "recipe": "delayed"} if width == 16 else None
+    )
+    model = Raw(width)
+    with pytest.raises(UnsupportedError, match=r"SGD\.step\(\) was called .* Step what self\.optimizers\(\) returns"):
+        trainer(plugin).fit(model, batches(2, features=width))
+
+
+@pytest.mark.parametrize("masters", ["params", "copy", "split"])
+def test_step_past_the_plugin_updates_as_in_fp32_where_nothing_is_scaled(masters):
+    ours, reference = Raw(), Raw()
+    trainer(MixedPrecision("bf16", master_weights=masters)).fit(ours, batches(4))
+    trainer().fit(reference, batches(4))
+    # BF16 keeps 8 bits of what flows through the layers.
+    assert_same_weights(ours, reference, rtol=2**-6, atol=2**-8)

@@ -1,5 +1,6 @@
 """Optimizers as people write them compute on masters what they compute on FP32 parameters, bit for bit."""
 
+import copy
 from typing import Any
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from lightning_mp.errors import UnsupportedError
 from lightning_mp.master_weights import MasterWeights
 
 MODES = ["copy", "split"]
@@ -164,3 +166,80 @@ def test_what_an_optimizer_notes_on_a_parameter_is_the_modules(mode: str) -> Non
     masters.attach([optimizer])
     steps(module, optimizer, 0, 3)
     assert [param.seen for param in module.parameters()] == [3, 3, 3, 2, 3, 3]
+
+
+class Polyak(torch.optim.Optimizer):
+    """Steps by the loss that its closure returns."""
+
+    def __init__(self, params, lr=1e-2):
+        super().__init__(params, {"lr": lr})
+
+    def step(self, closure=None):
+        with torch.enable_grad():
+            loss = closure()
+        with torch.no_grad():
+            for group in self.param_groups:
+                for param in group["params"]:
+                    param.sub_(param.grad, alpha=group["lr"] * min(1.0, float(loss)))
+        return loss
+
+
+class Constants(torch.optim.SGD):
+    """Keeps coefficients in a tensor."""
+
+    def __init__(self, params, lr=1e-2):
+        super().__init__(params, lr=lr)
+        self.coefficients = torch.tensor([0.5, 2.0, -1.0])
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for param in self.param_groups[0]["params"]:
+            param.sub_(param.grad, alpha=self.param_groups[0]["lr"] * self.coefficients[1].item())
+
+
+@pytest.mark.parametrize("mode", ["copy", "split"])
+@pytest.mark.parametrize("optimizer_class", [Polyak, Constants])
+@pytest.mark.parametrize("bucket_numel", [8, 2**22])
+def test_rule_that_uses_the_loss_or_constants_of_its_own_equals_fp32(mode, optimizer_class, bucket_numel):
+    torch.manual_seed(1)
+    module = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 1))
+    expected = copy.deepcopy(module)
+    masters = MasterWeights(mode, bucket_numel=bucket_numel)
+    masters.convert_(module)
+    optimizer, plain = optimizer_class(module.parameters()), optimizer_class(expected.parameters())
+    masters.attach([optimizer])
+    for step in range(4):
+        for param, twin in zip(module.parameters(), expected.parameters(), strict=True):
+            param.grad = torch.randn(param.shape)
+            twin.grad = param.grad.clone()
+        loss = torch.tensor(0.25 + step)
+        optimizer.step(lambda loss=loss: loss)
+        plain.step(lambda loss=loss: loss)
+    masters.detach()
+    for param, twin in zip(module.parameters(), expected.parameters(), strict=True):
+        assert torch.equal(param, twin)
+
+
+class Tilted(torch.optim.SGD):
+    """Takes its gradient elsewhere: what was computed before the step is none of it."""
+
+    def step(self, closure=None):
+        with torch.no_grad():
+            for param in self.param_groups[0]["params"]:
+                param.add_(1.0)
+        with torch.enable_grad():
+            closure()
+        return super().step()
+
+
+@pytest.mark.parametrize("mode", ["copy", "split"])
+def test_closure_that_is_evaluated_after_a_change_of_the_stand_ins_is_refused(mode):
+    module = nn.Linear(4, 4)
+    masters = MasterWeights(mode)
+    masters.convert_(module)
+    optimizer = Tilted(module.parameters(), lr=0.1)
+    masters.attach([optimizer])
+    for param in module.parameters():
+        param.grad = torch.ones(param.shape)
+    with pytest.raises(UnsupportedError, match=r"Tilted\.step changes weights or gradients before"):
+        optimizer.step(lambda: torch.zeros(()))

@@ -62,6 +62,15 @@ def test_bytes_beside_the_parameter_are_those_of_the_contract(kind: type[Master]
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_a_parameter_laid_out_anew_in_training_keeps_every_bit(kind: type[Master]) -> None:
+    param, master, value = make(kind, torch.randn(16, 16, 3, 3))
+    param.data = param.data.to(memory_format=torch.channels_last)
+    with stepped(master) as stand_in:
+        assert same_bits(stand_in.detach(), value)
+    assert same_bits(master.value(), value)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("layout", ["channels_last", "transposed"])
 def test_a_parameter_in_another_memory_order_is_restored(kind: type[Master], layout: str) -> None:
     value = torch.randn(4, 3, 2, 5)
