@@ -3,7 +3,8 @@
 Sides, stepped by turns on the same gradients: Lightning's bf16-mixed (FP32 weights and gradients), BF16 weights with
 FP32 states updated directly (what Lightning's bf16-true does to the weights, with states that it does not have), and
 ours with ``copy`` and ``split``, whose gradients stay in BF16 until the step. Each side does what its plugin does
-between backward and the next forward. Medians over rounds, and ratios of neighboring rounds.
+between backward and the next forward. Medians over rounds, and ratios of neighboring rounds. What updated the
+masters of ours, the fused kernel or the generic path and why, is printed and written beside them.
 
 Run: ``python -m benchmarks.optimizer_stage [--device cpu|cuda] [--params 1e9] [--rounds 20] [--out FILE]``.
 Writes ``benchmarks/results/optimizer-stage-<device>.json`` unless ``--out`` names another file.
@@ -113,6 +114,7 @@ def ours(mode: str) -> Callable[[str, float, bool], Callable[[], None]]:
             masters.gradients.clip_norm_(module.parameters(), MAX_NORM)
             optimizer.step()
 
+        stage.path = lambda: masters.step_path(optimizer)  # type: ignore[attr-defined]
         return stage
 
     return make
@@ -136,12 +138,17 @@ def timed(stage: Callable[[], None], device: str) -> float:
     return time.perf_counter() - start
 
 
-def run(device: str, num_params: float, rounds: int, *, fused: bool) -> dict[str, list[float]]:
+def run(
+    device: str, num_params: float, rounds: int, *, fused: bool, paths: dict[str, str] | None = None
+) -> dict[str, list[float]]:
+    """Return the times of each side; put into ``paths`` what updated the masters of ours."""
     stages = {name: make(device, num_params, fused) for name, make in SIDES.items()}
     times: dict[str, list[float]] = {name: [] for name in stages}
     for _ in range(WARMUP + rounds):
         for name, stage in stages.items():
             times[name].append(timed(stage, device))
+    if paths is not None:
+        paths.update({name: stage.path() for name, stage in stages.items() if hasattr(stage, "path")})
     return {name: values[WARMUP:] for name, values in times.items()}
 
 
@@ -167,13 +174,14 @@ def main() -> None:
         "optimizers": {},
     }
     for kind, fused in (("fused", True), ("default", False)):
-        times = run(arguments.device, num_params, arguments.rounds, fused=fused)
+        paths: dict[str, str] = {}
+        times = run(arguments.device, num_params, arguments.rounds, fused=fused, paths=paths)
         medians = {name: statistics.median(values) * 1e3 for name, values in times.items()}
         ratios = {f"{left} / {right}": ratio(times, left, right) for left, right in TARGETS}
-        report["optimizers"][kind] = {"median_ms": medians, "ratios": ratios}
+        report["optimizers"][kind] = {"median_ms": medians, "ratios": ratios, "paths": paths}
         print(f"AdamW ({kind}), {num_params:.2g} parameters")
         for name, value in medians.items():
-            print(f"  {name:<28} {value:10.2f} ms")
+            print(f"  {name:<28} {value:10.2f} ms  {paths.get(name, '')}".rstrip())
         for (left, right), bounds in TARGETS.items():
             bound = bounds.get(arguments.device)
             found = ratios[f"{left} / {right}"]

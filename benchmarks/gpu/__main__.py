@@ -129,12 +129,14 @@ def put_model(report: dict[str, Any], entry: dict[str, Any]) -> None:
 
 def measure_optimizer(device: torch.device, num_params: float) -> dict[str, Any]:
     """Time the optimizer stage: look for non-finite gradients, clip, update, write the weights back."""
-    found: dict[str, Any] = {"params": num_params, "sides": {}}
+    found: dict[str, Any] = {"params": num_params, "sides": {}, "paths": {}}
     for kind, fused in (("fused", True), ("not fused", False)):
         free_memory(device)
-        times = optimizer_stage.run(device.type, num_params, 20, fused=fused)
+        paths: dict[str, str] = {}
+        times = optimizer_stage.run(device.type, num_params, 20, fused=fused, paths=paths)
+        found["paths"][kind] = paths
         found["sides"][kind] = {name: sorted(values)[len(values) // 2] * 1e3 for name, values in times.items()}
-        print(kind, {name: round(value, 2) for name, value in found["sides"][kind].items()}, flush=True)
+        print(kind, {name: round(value, 2) for name, value in found["sides"][kind].items()}, paths, flush=True)
     return found
 
 

@@ -190,7 +190,12 @@ def optimizer_table(report: Report) -> str:
     names = list(next(iter(stage["sides"].values())))
     rows = [[name, *(figure(sides[name]) for sides in stage["sides"].values())] for name in names]
     header = [f"{stage['params'] / 1e6:,.0f}M parameters, ms", *(f"AdamW {kind}" for kind in stage["sides"])]
-    return markdown(header, rows)
+    paths = [
+        f"- AdamW {kind}, {name}: {path}"
+        for kind, found in stage.get("paths", {}).items()
+        for name, path in found.items()
+    ]
+    return "\n".join([markdown(header, rows), *([""] if paths else []), *paths])
 
 
 def width_table(report: Report) -> str:

@@ -9,6 +9,7 @@ from benchmarks.gpu.tables import (
     first_paying_width,
     model_table,
     optimizer_ratio,
+    optimizer_table,
     targets,
     throughput,
     time_ratio,
@@ -90,6 +91,11 @@ def test_optimizer_stage_is_held_against_lightnings() -> None:
     assert optimizer_ratio({}) is None
     what = "Optimizer stage, split / Lightning bf16-mixed, fused AdamW"
     assert verdicts(report(optimizer=stage))[what] == (0.75, "reached")
+
+
+def test_optimizer_stage_says_which_path_ran() -> None:
+    stage = {"params": 1e9, "sides": {"fused": {"split": 6.0}}, "paths": {"fused": {"split": "fused kernel"}}}
+    assert optimizer_table({"optimizer": stage}).endswith("\n\n- AdamW fused, split: fused kernel")
 
 
 def test_fp8_pays_from_the_width_after_which_it_never_loses_again() -> None:
