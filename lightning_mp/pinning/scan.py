@@ -38,6 +38,7 @@ def find_mentions(cls: type, method: str, names: frozenset[str], functions: Cont
     loss term of the second epoch. It may say yes where nothing is called, which costs time and never
     accuracy. It follows methods of ``cls`` and what the code names through its globals, its closure and
     its defaults, under any name and in dicts and lists; what is reached through an argument is not seen.
+    No object is asked for an attribute: one of the user's, such as a config, may answer in its own way.
 
     Args:
         cls: Class of a module.
@@ -96,20 +97,50 @@ class _Search:
         return found
 
 
+# Only types are asked below, and what Python itself keeps in its objects is read past their classes: getattr,
+# hasattr and isinstance (by __class__) would run code of the user's.
+
+
+def _is_a(value: Any, *classes: type) -> bool:
+    return issubclass(type(value), classes)
+
+
+def _slot(cls: type, name: str, value: Any) -> Any:
+    """Return what ``value`` keeps in a slot that the built-in class ``cls`` gave it."""
+    return cls.__dict__[name].__get__(value)
+
+
 def _contents(value: Any) -> Iterator[Any]:
-    """Yield ``value``, or what a plain container holds, without the partials and wrappers around functions."""
+    """Yield ``value``, or what a plain container holds, if its type may be code."""
     items: Iterable[Any] = [value]
-    if type(value) in (dict, list, tuple, set, frozenset):
+    if any(type(value) is cls for cls in (dict, list, tuple, set, frozenset)):
         items = list(value.values() if type(value) is dict else value)
-    for item in items:
-        while isinstance(item, functools.partial):
-            item = item.func
-        yield getattr(item, "__func__", item) if isinstance(item, staticmethod | classmethod | MethodType) else item
+    # By type, of which a table of millions of numbers has one. By identity: metaclasses may compare as they like.
+    types = dict(zip(map(id, map(type, items)), map(type, items), strict=True))
+    code = {key for key, cls in types.items() if _may_be_code(cls)}
+    yield from (_inside(item) for item in items if id(type(item)) in code) if code else ()
+
+
+def _may_be_code(cls: type) -> bool:
+    return issubclass(cls, (property, staticmethod, classmethod)) or any("__call__" in vars(c) for c in cls.__mro__)
+
+
+def _inside(value: Any) -> Any:
+    """Return what partials and wrappers around functions hold; each once, since they may hold themselves."""
+    seen: set[int] = set()
+    while id(value) not in seen:
+        seen.add(id(value))
+        if _is_a(value, functools.partial):
+            value = _slot(functools.partial, "func", value)
+        for cls in (staticmethod, classmethod, MethodType):
+            if _is_a(value, cls):
+                value = _slot(cls, "__func__", value)
+    return value
 
 
 def _is_in(value: Any, functions: Container[Any]) -> bool:
-    # Not every value has a hash, and an array compares by element.
-    return isinstance(value, _CALLABLE_TYPES) and value in functions
+    # Not every value has a hash, an array compares by element, and objects of the user's as they like.
+    return _is_a(value, *_CALLABLE_TYPES) and value in functions
 
 
 def _names(code: CodeType) -> Iterator[str]:
@@ -122,7 +153,7 @@ def _names(code: CodeType) -> Iterator[str]:
 def _definitions(cls: type, name: str) -> Iterator[Any]:
     """Yield what ``name`` is in the classes of the user."""
     for owner in cls.__mro__:
-        if name in vars(owner) and owner is not nn.Module and not _is_other_peoples(owner.__module__):
+        if owner is not nn.Module and name in vars(owner) and not _is_other_peoples(owner.__module__):
             yield vars(owner)[name]
 
 
@@ -132,21 +163,37 @@ def _methods(cls: type, name: str) -> Iterator[FunctionType]:
 
 
 def _functions(value: Any) -> Iterator[FunctionType]:
-    if isinstance(value, property):
-        value = value.fget
-    value = inspect.unwrap(getattr(value, "__func__", value)) if callable(value) or hasattr(value, "__func__") else None
-    if isinstance(value, FunctionType) and not _is_other_peoples(value.__module__):
+    if _is_a(value, property):
+        value = _slot(property, "fget", value)
+    value = _unwrapped(_inside(value))
+    if type(value) is FunctionType and not _is_other_peoples(value.__module__):
         yield value
+
+
+def _unwrapped(value: Any) -> Any:
+    """Return what decorators wrapped; where they wrap each other, the last one before it starts again."""
+    seen: set[int] = set()
+    # Whether it can be called is a question to its type.
+    while callable(value) and id(value) not in seen:
+        seen.add(id(value))
+        wrapped = inspect.getattr_static(value, "__wrapped__", None)
+        if wrapped is None or id(wrapped) in seen:
+            break
+        value = _inside(wrapped)
+    return value
 
 
 def _named_values(function: FunctionType, mentioned: set[str]) -> Iterator[Any]:
     """Yield what ``function`` names in its module, as an attribute of a module imported there, or holds itself."""
     for name in mentioned:
-        value = function.__globals__.get(name)
-        if not isinstance(value, ModuleType):
+        value = dict.get(function.__globals__, name)
+        if not _is_a(value, ModuleType):
             yield value
-        elif not _is_other_peoples(value.__name__):
-            yield from (vars(value).get(attribute) for attribute in mentioned)
+            continue
+        # Past a lazy module's own look-up, which would import it.
+        members = _slot(ModuleType, "__dict__", value)
+        if not _is_other_peoples(members.get("__name__")):
+            yield from (members.get(attribute) for attribute in mentioned)
     yield from function.__defaults__ or ()
     yield from (function.__kwdefaults__ or {}).values()
     for cell in function.__closure__ or ():
@@ -155,5 +202,6 @@ def _named_values(function: FunctionType, mentioned: set[str]) -> Iterator[Any]:
             yield cell.cell_contents
 
 
-def _is_other_peoples(module_name: str | None) -> bool:
-    return (module_name or "").partition(".")[0] in _OTHER_PEOPLES_PACKAGES
+def _is_other_peoples(module_name: Any) -> bool:
+    # A class or function may call its module anything, also None.
+    return type(module_name) is str and module_name.partition(".")[0] in _OTHER_PEOPLES_PACKAGES

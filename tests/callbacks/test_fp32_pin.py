@@ -587,3 +587,24 @@ def test_documentation_lists_the_functions_that_are_pinned():
     listed = set(re.findall(r"``(\w+)``", FP32Pin.__doc__.partition("The functions,")[2].partition("``logsumexp``")[0]))
     assert {*names_of("softmax"), *names_of("norm")} < listed
     assert listed - {*names_of("softmax"), *names_of("norm")} < set(names_of("loss"))
+
+
+def test_config_that_raises_a_key_error_for_what_it_lacks_ends_no_run():
+    class DotDict(dict):
+        def __getattr__(self, name):
+            return self[name]
+
+    class Configured(LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.head, self.criterion, self.cfg = nn.Linear(4, 3), nn.CrossEntropyLoss(), DotDict(factor=0.5)
+
+        def training_step(self, batch, batch_idx):
+            return self.criterion(self.head(batch[0]), batch[1]) * self.cfg.factor
+
+        configure_optimizers = Model.configure_optimizers
+
+    pin = FP32Pin()
+    trainer(pin, plugins=[MixedPrecision("bf16")]).fit(Configured(), data())
+    assert pin.reports["training_step"].modules == {"criterion": "CrossEntropyLoss"}
+    assert pin.reports["training_step"].below_fp32 == ()

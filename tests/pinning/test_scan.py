@@ -1,7 +1,10 @@
 """The code of a method tells what it may call, also in a branch that has not run."""
 
 import functools
+import importlib.util
 import math
+import sys
+import time
 import types
 
 import pytest
@@ -223,3 +226,125 @@ def test_code_that_cannot_is_not(cls):
 
 def test_missing_method_mentions_nothing():
     assert not mentions_any(nn.Linear, "training_step", NAMES)
+
+
+# --- Objects of the user's are not asked ---------------------------------------------------------
+
+
+class DotDict(dict):
+    """The usual config: a missing key is a KeyError, where hasattr expects an AttributeError."""
+
+    def __getattr__(self, name):
+        return self[name]
+
+
+class Growing(dict):
+    """A config that makes what it lacks, so that it has every attribute there is, and can be called."""
+
+    def __getattr__(self, name):
+        return self.setdefault(name, Growing())
+
+    def __call__(self):
+        return self
+
+
+class Untouchable:
+    """Whoever asks it for anything is told off, also for what Python keeps itself, such as __class__."""
+
+    def __getattribute__(self, name):
+        raise RuntimeError(name)
+
+    def __call__(self):
+        raise RuntimeError
+
+    def __eq__(self, other):
+        raise RuntimeError
+
+    __hash__ = None
+
+
+class StrangeMeta(type):
+    __hash__ = None
+
+    def __eq__(cls, other):
+        raise RuntimeError
+
+
+class OfStrangeClass(metaclass=StrangeMeta):
+    pass
+
+
+def wrapped_by_itself():
+    def function(x):
+        return x
+
+    function.__wrapped__ = function
+    return function
+
+
+# Made in the test alone: pytest asks what it meets in a module for attributes, too.
+OPAQUE = [lambda: DotDict(p=0.1), Growing, Untouchable, OfStrangeClass, wrapped_by_itself]
+THING = None
+
+
+class ByGlobal(nn.Module):
+    def forward(self, x):
+        return x * THING.p
+
+
+class Elsewhere:
+    __module__ = 7
+
+    def scale(self, x):
+        return x
+
+
+@pytest.mark.parametrize("make", OPAQUE)
+def test_objects_that_answer_in_their_own_way_are_opaque(make, monkeypatch):
+    thing = make()
+    assert not holds_any(thing, NAMES, FUNCTIONS)
+    assert not holds_any([thing, functools.partial(thing) if callable(thing) else thing], NAMES, FUNCTIONS)
+    monkeypatch.setitem(globals(), "THING", thing)
+    assert not mentions_any(ByGlobal, "forward", NAMES, FUNCTIONS)
+    # Beside one that is looked for.
+    assert holds_any({"a": thing, "b": torch.softmax}, NAMES, FUNCTIONS)
+
+
+def test_config_that_makes_what_it_lacks_stays_as_it_is():
+    config = Growing()
+    assert not holds_any(config, NAMES, FUNCTIONS)
+    assert config == {}
+
+
+def test_class_with_a_strange_module_name_is_read():
+    assert not mentions_any(type("Own", (Elsewhere, nn.Module), {"forward": helper}), "scale", NAMES)
+    helper_of_nowhere = types.FunctionType(helper.__code__, globals())
+    helper_of_nowhere.__module__ = 7
+    assert holds_any(helper_of_nowhere, NAMES, FUNCTIONS) is True
+
+
+@pytest.mark.parametrize("wrap", [functools.lru_cache, torch.no_grad(), staticmethod, functools.partial])
+def test_wrapped_functions_are_read(wrap):
+    assert holds_any(wrap(helper), NAMES, ())
+    assert holds_any(wrap(wrap(helper)) if wrap is not staticmethod else [wrap(helper)], NAMES, ())
+
+
+def test_lazy_module_is_not_loaded(monkeypatch):
+    spec = importlib.util.find_spec("this")  # Prints a poem once it is loaded.
+    spec.loader = importlib.util.LazyLoader(spec.loader)
+    lazy = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "this", lazy)
+    spec.loader.exec_module(lazy)
+    monkeypatch.setitem(globals(), "THING", lazy)
+    assert not mentions_any(ByGlobal, "forward", NAMES, FUNCTIONS)
+    # Once loaded it has the class of other modules.
+    assert type(lazy) is not types.ModuleType
+
+
+def test_table_of_numbers_is_told_by_its_types():
+    table = list(range(3_000_000))
+    start = time.perf_counter()
+    assert not holds_any(table, NAMES, FUNCTIONS)
+    # About 0.2 s; item by item it took 5 s and more.
+    assert time.perf_counter() - start < 2
+    assert holds_any([*table, torch.softmax], NAMES, FUNCTIONS)
