@@ -8,7 +8,10 @@ from torch.optim import Optimizer
 
 from lightning_mp.errors import UnsupportedError
 
-__all__ = ["EvaluatedClosure"]
+__all__ = ["NEW_STEPS", "EvaluatedClosure"]
+
+#: Steps in which an optimizer is new: some look ahead every few steps only.
+NEW_STEPS = 8
 
 
 class EvaluatedClosure:
@@ -19,8 +22,8 @@ class EvaluatedClosure:
     Args:
         result: What the evaluation returned.
         optimizer: Who is about to step.
-        is_new: Whether this optimizer has not stepped yet: writes that leave no other trace, as those through
-            ``param.data``, are then looked for in the values.
+        is_new: Whether this optimizer takes its first steps: writes that leave no other trace, as those
+            through ``param.data``, are then looked for in the values.
     """
 
     __slots__ = ("_is_new", "_is_used", "_optimizer", "_result", "_seen")
@@ -30,7 +33,11 @@ class EvaluatedClosure:
         self._optimizer = optimizer
         self._is_new = is_new
         self._is_used = False
-        self._seen = _traces(optimizer, with_values=is_new)
+        self.look()
+
+    def look(self) -> None:
+        """Take what weights and gradients are now for what they were when the closure was evaluated."""
+        self._seen = _traces(self._optimizer, with_values=self._is_new)
 
     def __call__(self) -> Any:
         """Return the result.
@@ -69,5 +76,9 @@ def _traces(optimizer: Optimizer, *, with_values: bool) -> list[tuple[Any, ...]]
 
 
 def _sum_of(tensor: Tensor) -> str:
-    # As text, because NaN differs from itself.
-    return str(tensor.detach().sum().tolist()) if tensor.layout is torch.strided else ""
+    if tensor.layout is not torch.strided:
+        return ""
+    values = tensor.detach()
+    values = torch.view_as_real(values) if values.is_complex() else values
+    # As text, because NaN differs from itself. Of two sums a change can hardly keep both.
+    return f"{values.sum().tolist()} {values.square().sum().tolist()}"

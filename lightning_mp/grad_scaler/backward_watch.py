@@ -1,6 +1,7 @@
 """Noticing backwards that nobody announced, whose gradients no loss scale was applied to."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor
@@ -11,7 +12,7 @@ __all__ = ["BackwardWatch"]
 
 
 class BackwardWatch:
-    """Note which gradients a backward wrote outside of ``begin`` and ``end``.
+    """Note which gradients a backward wrote outside of ``announced``.
 
     Args:
         parameters: Whose gradients to watch, by a hook on each that needs one.
@@ -19,28 +20,41 @@ class BackwardWatch:
 
     def __init__(self, parameters: Iterable[Parameter] = ()) -> None:
         self._is_announced = False
-        self._stray: dict[int, tuple[Parameter, Tensor | None]] = {}
+        self._stray: dict[int, tuple[Tensor, Tensor | None]] = {}
         watched: list[Any] = [p for p in parameters if p.requires_grad and p.is_leaf]
         self._handles = [p.register_post_accumulate_grad_hook(self._note) for p in watched]
 
-    def begin(self) -> None:
-        """Note nothing from here on: the loss was scaled."""
-        self._is_announced = True
+    @property
+    def is_on(self) -> bool:
+        """Whether anything is watched."""
+        return bool(self._handles)
 
-    def end(self) -> None:
-        """Note again what is written."""
-        self._is_announced = False
+    @contextmanager
+    def announced(self) -> Iterator[None]:
+        """Note nothing new in this block: the loss was scaled."""
+        self._drop_cleared()
+        self._is_announced = True
+        try:
+            yield
+        finally:
+            self._is_announced = False
 
     def _note(self, param: Tensor) -> None:
-        if not self._is_announced and isinstance(param, Parameter):
+        # A gradient that an announced backward adds to one of those stays one, also as another tensor.
+        if not self._is_announced or id(param) in self._stray:
             self._stray[id(param)] = (param, param.grad)
+
+    def _drop_cleared(self) -> None:
+        """Forget gradients that were dropped, or set to zero in place, since. Waits for the device."""
+        for key, (param, grad) in list(self._stray.items()):
+            if grad is None or param.grad is not grad or not bool(grad.any()):
+                del self._stray[key]
 
     def has_stray(self, optimizer: Optimizer) -> bool:
         """Tell whether the optimizer is about to use such a gradient; one that was cleared since is none."""
-        if not self._stray:
-            return False
-        mine = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        return any(param.grad is grad is not None for key, (param, grad) in self._stray.items() if key in mine)
+        if self._stray:
+            self._drop_cleared()
+        return any(id(p) in self._stray for group in optimizer.param_groups for p in group["params"])
 
     def forget(self, optimizer: Optimizer) -> None:
         """Drop what was noted of the optimizer's parameters: they have been stepped."""

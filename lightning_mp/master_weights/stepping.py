@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_mp.closures import EvaluatedClosure
+from lightning_mp.closures import NEW_STEPS, EvaluatedClosure
 from lightning_mp.master_weights.fused_adam import FusedAdam
 from lightning_mp.master_weights.gradients import Gradients
 from lightning_mp.master_weights.masters import CopyMaster, Master, NoMaster
@@ -76,7 +76,7 @@ class MasterStep:
         self._installed: dict[str, Any] = {}
         author: Any = type(optimizer)
         self._takes_closure = not author.__module__.startswith("torch.optim.") and _has_closure(author)
-        self._has_stepped = False
+        self._num_steps = 0
 
     def install(self) -> None:
         """Replace the methods of the instance."""
@@ -149,13 +149,13 @@ class MasterStep:
         buckets = list(self._buckets(lambda param: param.grad is not None and param not in done))
         if not done or buckets[0]:
             result = self._on_stand_ins(partial(self._author_step, loss, kwargs), buckets)
-            self._has_stepped = True
+            self._num_steps += 1
         return result if loss is None else loss
 
     def _author_step(self, loss: Any, kwargs: dict[str, Any]) -> Any:
         if loss is not None and self._takes_closure:
             # A rule may use the loss, as Polyak's step size does.
-            closure = EvaluatedClosure(loss, self.optimizer, is_new=not self._has_stepped)
+            closure = EvaluatedClosure(loss, self.optimizer, is_new=self._num_steps < NEW_STEPS)
             return self.inner_step(closure=closure, **kwargs)
         return self.inner_step(**kwargs)
 

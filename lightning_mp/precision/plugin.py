@@ -4,7 +4,6 @@ import sys
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -43,9 +42,9 @@ from lightning_mp.precision.masters import (
     new_masters,
 )
 from lightning_mp.precision.notices import notice, notice_once
-from lightning_mp.precision.ranks import any_rank, compress_reduction, is_sharded
+from lightning_mp.precision.ranks import compress_reduction, is_sharded
 from lightning_mp.precision.region import StepRegions
-from lightning_mp.precision.schedulers import SchedulerHold, hold_schedulers
+from lightning_mp.precision.schedulers import SchedulerHold, hold_schedulers, take_back
 from lightning_mp.precision.stepping import OptimizerStepper
 from lightning_mp.precision.steps import Attempt, StepLedger
 
@@ -174,7 +173,7 @@ class MixedPrecision(StepRegions, FSDPPrecision):  # type: ignore[misc]  # Light
 
     def fp32_state_dict(self, module: nn.Module) -> dict[str, Any]:
         """Return ``module.state_dict()`` with floating-point weights in full precision."""
-        self.settle()
+        self._ledger.settle_for_reading()
         if self._masters is not None:
             return self._masters.fp32_state_dict(module)
         state: dict[str, Any] = module.state_dict()
@@ -292,7 +291,7 @@ class MixedPrecision(StepRegions, FSDPPrecision):  # type: ignore[misc]  # Light
         is_manual = module is not None and not module.automatic_optimization
         trainer = getattr(module, "_trainer", None)
         is_distributed = trainer is not None and trainer.world_size > 1
-        self._ledger.agree = partial(any_rank, device=self._device) if is_distributed else bool
+        self._ledger.is_distributed = is_distributed
         self._model = model
         self._is_first_step = True
         self._stepper = OptimizerStepper(
@@ -314,7 +313,7 @@ class MixedPrecision(StepRegions, FSDPPrecision):  # type: ignore[misc]  # Light
         # A wrapper that never called Optimizer.__init__ takes no hooks; it cannot skip on the device either,
         # so that nothing is pending when its state is read.
         hooked = [o for o in optimizers if hasattr(o, "_optimizer_state_dict_pre_hooks")]
-        self._handles = [o.register_state_dict_pre_hook(lambda _: self.settle()) for o in hooked]
+        self._handles = [o.register_state_dict_pre_hook(lambda _: self._ledger.settle_for_reading()) for o in hooked]
         if is_manual and (self.scaler is not None or self._fp8 is not None):
             self._handles += [o.register_step_pre_hook(self._before_any_step) for o in hooked]
         if self.policy.hold_schedulers:
@@ -324,6 +323,7 @@ class MixedPrecision(StepRegions, FSDPPrecision):  # type: ignore[misc]  # Light
                 is_manual=is_manual,
                 is_in_batch=lambda: self._stepper.is_in_batch,
                 settles_now=self._is_log_step,
+                accumulate=trainer.accumulate_grad_batches if trainer is not None else 1,
             )
         reduce_dtype = self.policy.reduce_torch_dtype
         if (
@@ -348,6 +348,7 @@ class MixedPrecision(StepRegions, FSDPPrecision):  # type: ignore[misc]  # Light
         return None if module is None else first_nonfinite_parameter(module, attempt)
 
     def _release_schedulers(self, attempt: Attempt) -> None:
+        take_back(attempt)
         for hold in self._holds:
             hold.settled(attempt)
 
@@ -397,6 +398,13 @@ class MixedPrecision(StepRegions, FSDPPrecision):  # type: ignore[misc]  # Light
         tensor = self._stepper.before_backward(tensor)
         call_hooks(module.trainer, module, "on_before_backward", tensor)
         return tensor
+
+    def backward(  # type: ignore[override]
+        self, tensor: Tensor, model: LightningModule, optimizer: Any, *args: Any, **kwargs: Any
+    ) -> None:
+        watch = self._stepper.backward_watch
+        with watch.announced() if watch.is_on else nullcontext():
+            model.backward(tensor, *args, **kwargs)
 
     def post_backward(self, tensor: Tensor, module: LightningModule) -> Tensor:  # type: ignore[override]
         if self._masters is not None:

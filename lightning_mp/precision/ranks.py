@@ -5,7 +5,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-__all__ = ["any_rank", "any_rank_", "compress_reduction", "is_sharded"]
+__all__ = ["any_rank_", "compress_reduction", "is_sharded"]
 
 
 def is_sharded(model: nn.Module, optimizers: list[Optimizer]) -> bool:
@@ -19,11 +19,6 @@ def any_rank_(flag: Tensor) -> Tensor:
     """Make ``flag``, a tensor of zeros and ones, the same on all ranks, in place: one where any rank has one."""
     dist.all_reduce(flag, op=dist.ReduceOp.MAX)
     return flag
-
-
-def any_rank(flag: bool, device: torch.device) -> bool:
-    """Return whether ``flag`` is true on any rank; all of them ask at the same step."""
-    return any_rank_(torch.tensor([float(flag)], device=device)).item() != 0
 
 
 def compress_reduction(model: nn.parallel.DistributedDataParallel, dtype: torch.dtype) -> None:

@@ -15,29 +15,31 @@ class StepReadings:
     @property
     def last_step(self) -> StepReport | None:
         """The latest optimizer step that had gradients; reading it waits for the device."""
-        self.settle()
+        self._ledger.settle_for_reading()
         return self._ledger.last_step
 
     @property
     def applied_steps(self) -> int:
         """Optimizer steps whose update was applied."""
-        self.settle()
+        self._ledger.settle_for_reading()
         return self._ledger.applied_steps
 
     @property
     def skipped_steps(self) -> int:
         """Optimizer steps that were left out because of Inf or NaN gradients."""
-        self.settle()
+        self._ledger.settle_for_reading()
         return self._ledger.skipped_steps
 
     @property
     def consecutive_skips(self) -> int:
         """Skipped steps in a row up to now."""
-        self.settle()
+        self._ledger.settle_for_reading()
         return self._ledger.consecutive_skips
 
     def settle(self) -> None:
         """Wait for the outcome of the latest step, count it, and let held schedulers advance.
+
+        Listeners are told, which may talk to other ranks: under a distributed strategy call it on all of them.
 
         Raises:
             OverflowFoundError: If ``on_nonfinite="raise"`` and that step was non-finite.

@@ -10,6 +10,7 @@ next update it is taken back if it was not. One that cannot be taken back waits 
 """
 
 import copyreg
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -17,7 +18,7 @@ from lightning_mp.errors import UnsupportedError
 from lightning_mp.precision.steps import Attempt, StepLedger
 from lightning_mp.precision.undo import SchedulerUndo, can_undo
 
-__all__ = ["SchedulerHold", "hold_schedulers"]
+__all__ = ["SchedulerHold", "hold_schedulers", "take_back"]
 
 _HOLD = "_lightning_mp_hold"
 
@@ -86,13 +87,13 @@ class SchedulerHold:
 
     def settle(self) -> None:
         """Settle the pending attempt: somebody reads the scheduler."""
-        self._ledger.settle()
+        self._ledger.settle_for_reading()
 
     def request(self, advance: Callable[[], None]) -> None:
         """Advance now, later or not at all, as the latest attempt of the scheduler's optimizer ends."""
         attempt = self._attempt()
-        if attempt is None or id(self) in attempt.claimed_by or not self._is_active():
-            self._ledger.settle()
+        if attempt is None or self._is_over(attempt) or not self._is_active():
+            self._ledger.settle_for_reading()
             advance()
             return
         attempt.claimed_by.add(id(self))
@@ -114,11 +115,12 @@ class SchedulerHold:
         for hold, advance, undo in attempt.scheduler_requests:
             if hold is not self:
                 continue
-            if undo is None:
+            if undo is None or attempt.report.skipped:
                 self._resolve(advance, skipped=attempt.report.skipped)
-            elif attempt.report.skipped:
-                undo.apply_()
-                self._resolve(advance, skipped=True)
+
+    def _is_over(self, attempt: Attempt) -> bool:
+        """Tell whether this scheduler has followed an attempt of an earlier batch already."""
+        return id(self) in attempt.claimed_by and attempt.batch != self._ledger.batch
 
     def _note(self, *, skipped: bool) -> None:
         if not skipped:
@@ -159,6 +161,26 @@ class SchedulerHold:
         return max(self._ledger.latest.values(), key=lambda a: a.step, default=None)
 
 
+def take_back(attempt: Attempt) -> None:
+    """Undo what schedulers did for an update that was skipped, the last one first: they may share an optimizer."""
+    if attempt.report is not None and attempt.report.skipped:
+        for _, _, undo in reversed(attempt.scheduler_requests):
+            if undo is not None:
+                undo.apply_()
+
+
+class EpochHold(SchedulerHold):
+    """Lets a scheduler that steps after epochs do so on settled learning rates, at one wait per epoch."""
+
+    def request(self, advance: Callable[[], None]) -> None:
+        """Advance, whatever the latest update came to, once that is known."""
+        self.settle()
+        advance()
+
+    def settled(self, attempt: Attempt) -> None:
+        """Nothing follows an update."""
+
+
 def hold_schedulers(
     configs: Iterable[Any],
     ledger: StepLedger,
@@ -166,6 +188,7 @@ def hold_schedulers(
     is_manual: bool,
     is_in_batch: Callable[[], bool],
     settles_now: Callable[[], bool],
+    accumulate: int = 1,
 ) -> list[SchedulerHold]:
     """Hold the schedulers that follow optimizer steps.
 
@@ -175,17 +198,20 @@ def hold_schedulers(
         is_manual: Whether the user steps schedulers; any may follow steps then, within a batch.
         is_in_batch: Whether ``training_step`` runs.
         settles_now: Whether something is about to read the learning rate.
+        accumulate: Batches per step: Lightning counts frequencies in batches.
     """
-    holds = []
+    holds, after_epochs = [], []
     for config in configs:
         if is_manual:
             hold = SchedulerHold(config.scheduler, ledger, is_active=is_in_batch)
         elif config.interval == "step":
-            hold = SchedulerHold(config.scheduler, ledger, frequency=config.frequency, settles_now=settles_now)
+            frequency = math.lcm(config.frequency, accumulate) // accumulate
+            hold = SchedulerHold(config.scheduler, ledger, frequency=frequency, settles_now=settles_now)
         else:
+            after_epochs.append(EpochHold(config.scheduler, ledger))
             continue
         holds.append(hold)
-    return holds
+    return [*holds, *after_epochs]
 
 
 class _Held:

@@ -4,11 +4,14 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from lightning.pytorch.core.optimizer import do_nothing_closure
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.optim import optimizer as torch_hooks
+from torch.utils.hooks import RemovableHandle
 
 from lightning_mp.casting import clear_cast_weights
-from lightning_mp.closures import EvaluatedClosure
+from lightning_mp.closures import NEW_STEPS, EvaluatedClosure
 from lightning_mp.errors import UnsupportedError
 from lightning_mp.grad_scaler import (
     BackwardWatch,
@@ -69,7 +72,9 @@ class OptimizerStepper:
         self._loss: Tensor | None = None
         self._is_loss_stale = False
         self._batch_found_inf: list[Tensor] = []
-        self._seen_optimizers: set[int] = set()
+        self._seen_optimizers: dict[int, int] = {}
+        self._has_no_closure = False
+        self._last_hook: RemovableHandle | None = None
         self.backward_watch = BackwardWatch(
             p for o in self._optimizers for group in o.param_groups for p in group["params"] if is_manual and scaler
         )
@@ -79,13 +84,11 @@ class OptimizerStepper:
     def before_backward(self, loss: Tensor) -> Tensor:
         """Return the loss to call backward on."""
         self._remember_loss(loss)
-        self.backward_watch.begin()
         self.unscaler.before_backward()
         return loss if self.scaler is None else self.scaler.scale(loss)
 
     def after_backward(self) -> None:
         """Forget cast weights: a user may change weights between two backwards of one batch."""
-        self.backward_watch.end()
         if self.is_in_batch:
             clear_cast_weights()
 
@@ -118,10 +121,14 @@ class OptimizerStepper:
             What ``optimizer.step`` returns; ``None`` for a step that the host skipped.
         """
         self.is_stepping = True
+        self._has_no_closure = closure is do_nothing_closure
         try:
             return self._step(optimizer, closure, after_closure, kwargs)
         finally:
             self.is_stepping = False
+            if self._last_hook is not None:
+                self._last_hook.remove()
+                self._last_hook = None
 
     def _step(
         self,
@@ -155,7 +162,7 @@ class OptimizerStepper:
         kwargs: dict[str, Any],
     ) -> Any:
         optimizer = attempt.optimizer
-        attempt.loss = self._loss
+        attempt.loss = self._agreed_loss(found_inf)
         if self.scaler is not None:
             attempt.loss_scale = self.scaler.scale_tensor(found_inf.device).clone()
         if self.ledger.wants_culprit:
@@ -163,7 +170,7 @@ class OptimizerStepper:
         self._attempt = attempt
         after_closure(optimizer)
         self._attempt = None
-        skip_flag = self._skip_flag(found_inf, self._loss)
+        skip_flag = self._skip_flag(found_inf, attempt.loss)
         if skip_flag is not None and not supports_skip_on_device(optimizer):
             skipped = self.ledger.account(attempt).skipped
             output = None if skipped else self._apply(optimizer, result, kwargs)
@@ -184,8 +191,19 @@ class OptimizerStepper:
             return None
         if loss is None:
             return found_inf
-        explained = loss.isfinite().to(found_inf.device, torch.float32)
-        return found_inf * (1 - any_rank_(1 - explained) if self._is_distributed else explained)
+        return found_inf * loss.isfinite().to(found_inf.device, torch.float32)
+
+    def _agreed_loss(self, found_inf: Tensor) -> Tensor | None:
+        """Return the loss, NaN where that of another rank is not finite and ranks decide by it.
+
+        They do under a dynamic scale, unless every overflow is skipped.
+        """
+        loss = self._loss
+        decides = self._on_nonfinite != "skip" and self.scaler is not None and self.scaler.is_dynamic
+        if loss is None or not (self._is_distributed and decides):
+            return loss
+        flag = any_rank_(1 - loss.isfinite().to(found_inf.device, torch.float32))
+        return torch.where(flag != 0, torch.nan, loss.to(found_inf.device))
 
     def _apply(self, optimizer: Optimizer, result: Any, kwargs: dict[str, Any]) -> Any:
         output = optimizer.step(**self._with_closure(optimizer, result, kwargs))
@@ -195,9 +213,14 @@ class OptimizerStepper:
         """Add a closure for an optimizer that does something of its own with it."""
         if ignores_closure(optimizer) or (self.scaler is not None and not takes_closure(optimizer)):
             return kwargs
-        is_new = id(optimizer) not in self._seen_optimizers
-        self._seen_optimizers.add(id(optimizer))
-        return {**kwargs, "closure": EvaluatedClosure(result, optimizer, is_new=is_new)}
+        if self._has_no_closure:
+            return kwargs if self.scaler is not None else {**kwargs, "closure": do_nothing_closure}
+        steps = self._seen_optimizers[id(optimizer)] = self._seen_optimizers.get(id(optimizer), 0) + 1
+        closure = EvaluatedClosure(result, optimizer, is_new=steps <= NEW_STEPS)
+        if getattr(optimizer, "_optimizer_step_pre_hooks", None) or torch_hooks._global_optimizer_pre_hooks:
+            # What step hooks do to gradients is theirs to do. This one runs last.
+            self._last_hook = optimizer.register_step_pre_hook(lambda *_: closure.look())
+        return {**kwargs, "closure": closure}
 
     def _finish(self, attempt: Attempt, found_inf: Tensor) -> None:
         self._attempt = None
@@ -232,12 +255,12 @@ class OptimizerStepper:
 
     def enter_batch(self) -> None:
         """Note that ``training_step`` runs: steps from here on belong to one batch."""
+        self.ledger.batch += 1
         self.is_in_batch = True
 
     def exit_batch(self, succeeded: bool) -> None:
         """Move the scale once for all optimizers that stepped within ``training_step``."""
         self.is_in_batch = False
-        self.backward_watch.end()
         found, self._batch_found_inf = self._batch_found_inf, []
         if not found or not succeeded or self.scaler is None or not self.scaler.is_dynamic:
             return

@@ -54,6 +54,8 @@ class Attempt:
     report: StepReport | None = None
     scheduler_requests: list[tuple[Any, Callable[[], None], Any]] = field(default_factory=list)
     claimed_by: set[int] = field(default_factory=set)
+    batch: int = 0
+    is_counted: bool = False
 
     def tensors(self) -> list[Tensor]:
         """Return found_inf, then what is known of scale, loss and norm, as 0-dim FP32 tensors of one device."""
@@ -73,7 +75,8 @@ class StepLedger:
     def __init__(self, rule: LossScaleRule | None, on_nonfinite: str) -> None:
         self.rule = rule
         self.on_nonfinite = on_nonfinite
-        self.agree: Callable[[bool], bool] = bool  # over all ranks: whether it is true on any of them
+        self.is_distributed = False
+        self.batch = 0  # number of the training step that runs or ran last
         self.attempts = 0
         self.applied_steps = 0
         self.skipped_steps = 0
@@ -109,7 +112,7 @@ class StepLedger:
 
     def open(self, optimizer: Any) -> Attempt:
         """Begin the next attempt."""
-        attempt = Attempt(self.attempts, optimizer)
+        attempt = Attempt(self.attempts, optimizer, batch=self.batch)
         self.attempts += 1
         self.latest[id(optimizer)] = attempt
         return attempt
@@ -123,8 +126,7 @@ class StepLedger:
             loss_scale = next(numbers) if attempt.loss_scale is not None else 1.0
             loss = next(numbers) if attempt.loss is not None else 0.0
             norm = next(numbers) if attempt.grad_norm is not None else None
-            # All ranks found the same, each in its own loss: one that is Inf explains the Inf of all.
-            loss_nonfinite = found_inf and self.agree(not abs(loss) < float("inf"))
+            loss_nonfinite = found_inf and not abs(loss) < float("inf")
             skipped = found_inf and self.decides_skip(found_inf=found_inf, loss_nonfinite=loss_nonfinite)
             attempt.report = StepReport(attempt.step, loss_scale, found_inf, skipped, norm, loss_nonfinite)
         return attempt.report
@@ -133,11 +135,25 @@ class StepLedger:
         """Settle the pending attempt, if there is one."""
         attempt, self.pending = self.pending, None
         if attempt is not None:
+            is_new = not attempt.is_counted
             try:
                 self.account(attempt)
             finally:
                 # Also where the run ends here: a checkpoint written on the way out holds what was applied.
-                self.on_settled(attempt)
+                if is_new:
+                    self.on_settled(attempt)
+
+    def settle_for_reading(self) -> None:
+        """Count the pending attempt because somebody reads a count, perhaps on one rank alone.
+
+        Listeners may talk to the other ranks, and an error would end this one only: where there are
+        others, both wait for the moment at which all ranks settle, before the next update at the latest.
+        """
+        if not self.is_distributed:
+            self.settle()
+        elif self.pending is not None and not self.pending.is_counted:
+            self._count(self.pending)
+            self.on_settled(self.pending)
 
     def account(self, attempt: Attempt) -> StepReport:
         """Count an attempt whose outcome can be read, tell the listeners, and raise where asked to.
@@ -148,7 +164,15 @@ class StepLedger:
             OverflowFoundError: If ``on_nonfinite="raise"`` and the scale does not explain the finding.
             LossScaleError: If the scale stayed at its floor for ``floor_patience`` overflows in a row.
         """
+        report = self.read(attempt) if attempt.is_counted else self._count(attempt)
+        culprits = [listener(report) for listener in tuple(self.listeners)] if self.listeners else []
+        if report.found_inf:
+            self._stop_if_asked(attempt, report, next((c for c in culprits if c), None))
+        return report
+
+    def _count(self, attempt: Attempt) -> StepReport:
         report = self.read(attempt)
+        attempt.is_counted = True
         self.last_step = report
         self.applied_steps += not report.skipped
         self.skipped_steps += report.skipped
@@ -156,9 +180,6 @@ class StepLedger:
         if isinstance(self.rule, DynamicLossScale):
             at_floor = report.found_inf and report.loss_scale <= self.rule.min_scale
             self.floor_overflows = self.floor_overflows + 1 if at_floor else 0
-        culprits = [listener(report) for listener in tuple(self.listeners)] if self.listeners else []
-        if report.found_inf:
-            self._stop_if_asked(attempt, report, next((c for c in culprits if c), None))
         return report
 
     def _stop_if_asked(self, attempt: Attempt, report: StepReport, culprit: str | None) -> None:
@@ -188,6 +209,8 @@ class StepLedger:
                 "gives Inf or NaN, or use BF16."
             )
         backward = "The unscaled loss was finite: the overflow is in the backward pass."
+        if self.is_distributed:
+            backward = "The unscaled loss of this rank was finite: the overflow is in backward, or on another rank."
         if isinstance(self.rule, DynamicLossScale):
             return f"{backward} Use BF16, or lower min_scale."
         if self.rule is not None:

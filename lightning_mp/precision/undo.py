@@ -1,8 +1,9 @@
 """Taking back one ``scheduler.step()``: what it may change is noted before, and put back if its update was left out."""
 
+import collections
 import types
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any
 
@@ -13,32 +14,20 @@ from torch.optim.lr_scheduler import LRScheduler
 
 __all__ = ["SchedulerUndo", "can_undo"]
 
-_VALUES = (
-    bool,
-    int,
-    float,
-    str,
-    bytes,
-    type,
-    types.NoneType,
-    types.FunctionType,
-    types.BuiltinFunctionType,
-    types.MethodType,
-    partial,
-    weakref.ReferenceType,
-    Optimizer,
-)
+_PLAIN = (bool, int, float, str, bytes, type, types.NoneType, types.BuiltinFunctionType, weakref.ReferenceType)
 
 
 def can_undo(scheduler: Any) -> bool:
     """Tell whether a step of ``scheduler`` can be taken back exactly.
 
-    That is so for a scheduler of torch's kind that holds numbers, functions, tensors, containers of these
-    and further such schedulers. Who holds anything else, as an iterator or a random generator, may change it.
+    That is so for a scheduler of torch's kind that holds numbers, tensors, functions of such, containers of
+    these and further such schedulers. Who holds anything else, as an iterator, a random generator or a method
+    of another object, may change it.
     """
-    return all(_is_known(value) for part in _parts(scheduler) for value in vars(part).values()) and isinstance(
-        scheduler, LRScheduler
-    )
+    if not isinstance(scheduler, LRScheduler):
+        return False
+    parts = list(_parts(scheduler))
+    return all(_is_known(value, parts) for part in parts for value in vars(part).values())
 
 
 class SchedulerUndo:
@@ -78,28 +67,52 @@ def _parts(scheduler: Any) -> Iterator[Any]:
                 yield from _parts(item)
 
 
-def _is_known(value: Any) -> bool:
+def _is_known(value: Any, parts: list[Any], depth: int = 4) -> bool:
+    if isinstance(value, (*_PLAIN, Tensor, LRScheduler, Optimizer)):
+        return True
+    inside = _inside(value, parts) if depth > 0 else None
+    return inside is not None and all(_is_known(item, parts, depth - 1) for item in inside)
+
+
+def _inside(value: Any, parts: list[Any]) -> Iterable[Any] | None:
+    """Return what a value is made of; ``None`` if it may be anything."""
+    if isinstance(value, types.FunctionType):
+        cells = [cell.cell_contents for cell in value.__closure__ or () if cell != types.CellType()]
+        return [*cells, *(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()]
+    if isinstance(value, types.MethodType):
+        owner = value.__self__
+        return [value.__func__] if isinstance(owner, type) or any(owner is part for part in parts) else None
+    if isinstance(value, partial):
+        return [value.func, *value.args, *value.keywords.values()]
     if isinstance(value, dict):
-        return all(_is_known(item) for item in value.values())
-    if isinstance(value, list | tuple | set | frozenset):
-        return all(_is_known(item) for item in value)
-    return isinstance(value, (*_VALUES, Tensor, LRScheduler))
+        return [item for pair in value.items() for item in pair]
+    return value if type(value) in (list, tuple, set, frozenset, collections.deque) else None
 
 
 def _contents(part: Any) -> Iterator[Callable[[], None]]:
     """Yield what puts back the contents of attributes that a step may change in place."""
     for value in vars(part).values():
-        if isinstance(value, dict) and type(value).__module__ in ("builtins", "collections"):
-            yield partial(_refill_dict, value, dict(value))
-        elif type(value) is list:
-            yield partial(value.__setitem__, slice(None), list(value))
-        elif isinstance(value, Tensor):
-            yield partial(_refill_tensor, value, value.detach().clone())
+        yield from _contents_of(value)
 
 
-def _refill_dict(target: dict[Any, Any], items: dict[Any, Any]) -> None:
+def _contents_of(value: Any, depth: int = 4) -> Iterator[Callable[[], None]]:
+    if isinstance(value, Tensor):
+        yield partial(_refill_tensor, value, value.detach().clone())
+        return
+    if type(value) is list:
+        yield partial(value.__setitem__, slice(None), list(value))
+    elif isinstance(value, dict | set | collections.deque):
+        yield partial(_refill, value, value.copy())
+    elif type(value) is not tuple:
+        return
+    for item in value.values() if isinstance(value, dict) else value:
+        if depth > 0 and isinstance(item, list | tuple | dict | set | collections.deque | Tensor):
+            yield from _contents_of(item, depth - 1)
+
+
+def _refill(target: Any, items: Any) -> None:
     target.clear()
-    target.update(items)
+    (target.extend if isinstance(target, collections.deque) else target.update)(items)
 
 
 def _refill_tensor(target: Tensor, value: Tensor) -> None:

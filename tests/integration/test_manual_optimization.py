@@ -1,5 +1,7 @@
 """Manual optimization under a loss scale: each gradient is unscaled once, the scale moves once a batch."""
 
+import contextlib
+
 import pytest
 import torch
 from lightning.pytorch import LightningModule
@@ -395,3 +397,118 @@ def test_step_past_the_plugin_updates_as_in_fp32_where_nothing_is_scaled(masters
     trainer().fit(reference, batches(4))
     # BF16 keeps 8 bits of what flows through the layers.
     assert_same_weights(ours, reference, rtol=2**-6, atol=2**-8)
+
+
+class Failing(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        raise RuntimeError("out of memory")
+
+
+class Hidden(Two):
+    """A forgotten backward in places where only its gradient tells."""
+
+    def __init__(self, where):
+        super().__init__()
+        self.where = where
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.05)
+
+    def training_step(self, batch, batch_idx):
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        if self.where == "before a graph of gradients":
+            self.loss(batch).backward()
+            self.manual_backward(self.loss(batch), create_graph=True)
+        else:
+            with contextlib.suppress(RuntimeError):
+                self.manual_backward(Failing.apply(self.loss(batch)))
+            self.loss(batch).backward()
+        optimizer.step()
+
+
+# torch warns that a graph of gradients may leak memory.
+@pytest.mark.filterwarnings("ignore:Using backward.. with create_graph=True")
+@pytest.mark.parametrize("where", ["before a graph of gradients", "after a backward that failed"])
+def test_forgotten_manual_backward_is_refused_wherever_it_hides(where):
+    with pytest.raises(UnsupportedError, match=r"Call self\.manual_backward"):
+        trainer(MixedPrecision("fp16", loss_scale=1024.0)).fit(Hidden(where), batches())
+
+
+def test_gradients_set_to_zero_in_place_are_cleared_too():
+    class Adversarial(Two):
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), 0.05)
+
+        def training_step(self, batch, batch_idx):
+            optimizer = self.optimizers()
+            x, y = batch[0].clone().requires_grad_(), batch[1]
+            self.loss((x, y)).backward()
+            optimizer.zero_grad(set_to_none=False)
+            self.manual_backward(self.loss(((x + 0.125 * x.grad.sign()).detach(), y)))
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=False)
+
+    ours, reference, plugin = fit_both(Adversarial)
+    assert plugin.applied_steps == 8
+    assert_same_weights(ours, reference)
+
+
+class Inner(torch.optim.Optimizer):
+    """Hands its closure to several optimizers inside."""
+
+    def __init__(self, params, lr):
+        params = list(params)
+        self.inner = [torch.optim.SGD(params[:1], lr), torch.optim.SGD(params[1:], lr)]
+        super().__init__(params, {"lr": lr})
+
+    def step(self, closure=None):
+        for optimizer in self.inner:
+            loss = optimizer.step(closure)
+        return loss
+
+
+def test_optimizer_gets_no_closure_where_the_user_gave_none():
+    class Wrapped(Two):
+        def configure_optimizers(self):
+            return Inner(self.parameters(), 0.05)
+
+        def training_step(self, batch, batch_idx):
+            optimizer = self.optimizers()
+            optimizer.zero_grad()
+            self.manual_backward(self.loss(batch))
+            optimizer.step()
+
+    ours, reference, plugin = fit_both(Wrapped)
+    assert plugin.applied_steps == 8
+    assert_same_weights(ours, reference)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_scheduler_stepped_twice_per_update_is_held_twice(fused):
+    class Twice(Two):
+        def __init__(self, bad):
+            super().__init__()
+            self.bad = bad
+
+        def configure_optimizers(self):
+            optimizer = torch.optim.AdamW(self.parameters(), 0.05, fused=fused)
+            return [optimizer], [lr_scheduler.ExponentialLR(optimizer, 0.8)]
+
+        def training_step(self, batch, batch_idx):
+            optimizer, scheduler = self.optimizers(), self.lr_schedulers()
+            self.manual_backward(self.loss(batch) * (INF if batch_idx in self.bad else 1.0))
+            optimizer.step()
+            optimizer.zero_grad()
+            scheduler.step()
+            scheduler.step()
+
+    model, run = Twice((3, 5)), trainer(MixedPrecision("fp32"), log_every_n_steps=1000)
+    run.fit(model, batches(8))
+    assert run.lr_scheduler_configs[0].scheduler.last_epoch == 12
+    torch.testing.assert_close(run.optimizers[0].param_groups[0]["lr"], 0.05 * 0.8**12, rtol=1e-12, atol=0)

@@ -1,5 +1,6 @@
 """A step that is skipped changes nothing; every count and learning rate is the truth."""
 
+import functools
 import math
 
 import pytest
@@ -194,6 +195,95 @@ class Tracing(lr_scheduler.LRScheduler):
         self.seen[self.last_epoch] = len(self.trace)
         self.total.add_(1)
         return [base / (1 + len(self.trace) + float(self.total)) for base in self.base_lrs]
+
+
+class Nested(lr_scheduler.LRScheduler):
+    """Counts in a list inside a dict, and in a set."""
+
+    def __init__(self, optimizer):
+        self.seen, self.epochs = {"epochs": []}, set()
+        super().__init__(optimizer)
+
+    def get_lr(self):
+        self.seen["epochs"].append(self.last_epoch)
+        self.epochs.add(len(self.epochs))
+        return [base * 0.8 ** (len(self.seen["epochs"]) + len(self.epochs)) for base in self.base_lrs]
+
+
+class Plan:
+    """A method of it is a function with a memory."""
+
+    calls = 0
+
+    def factor(self, epoch):
+        self.calls += 1
+        return 0.8**self.calls
+
+
+def by_iterator(optimizer):
+    factors = iter([0.8**k for k in range(20)])
+    return lr_scheduler.LambdaLR(optimizer, lambda epoch: next(factors))
+
+
+def by_partial(optimizer):
+    factors = iter([0.8**k for k in range(20)])
+    return lr_scheduler.LambdaLR(optimizer, functools.partial(lambda factors, epoch: next(factors), factors))
+
+
+def by_method(optimizer):
+    return lr_scheduler.LambdaLR(optimizer, Plan().factor)
+
+
+@pytest.mark.parametrize("kind", [Nested, by_iterator, by_partial, by_method])
+def test_scheduler_with_a_memory_is_as_if_it_never_saw_a_skipped_step(kind):
+    bad = {0: INF, 3: INF, 4: INF}
+    model = RecordsRates(factors=bad, scheduler=kind, fused=True)
+    trainer(MixedPrecision("bf16"), log_every_n_steps=1000).fit(model, batches(8))
+    _, expected = plain_loop(Regression(), batches_without(bad), dtype=torch.bfloat16, scheduler=kind)
+    assert model.rates == expected
+
+
+class Several(RecordsRates):
+    """Two schedulers of one optimizer, the second after steps or after epochs."""
+
+    def __init__(self, second, interval, **settings):
+        super().__init__(scheduler=lambda o: lr_scheduler.ExponentialLR(o, 0.8), **settings)
+        self.second = {"interval": interval}
+        self.make_second = second
+
+    def configure_optimizers(self):
+        (optimizer,), configs = super().configure_optimizers()
+        return [optimizer], [*configs, {"scheduler": self.make_second(optimizer), **self.second}]
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize(
+    ("second", "interval"),
+    [
+        (lambda o: lr_scheduler.LinearLR(o, 0.1, 1.0, 8), "step"),
+        (lambda o: lr_scheduler.StepLR(o, 1, 0.1), "epoch"),
+    ],
+)
+def test_schedulers_that_share_an_optimizer_are_as_if_they_never_saw_a_skipped_step(second, interval, fused):
+    bad = {3: INF, 7: INF}
+    model, clean = Several(second, interval, factors=bad, fused=fused), Several(second, interval, fused=fused)
+    run, expected = (trainer(p, max_epochs=1, log_every_n_steps=1000) for p in (MixedPrecision("fp32"), None))
+    run.fit(model, batches(8))
+    expected.fit(clean, batches_without(bad))
+    assert model.rates == clean.rates
+    rates = [r.optimizers[0].param_groups[0]["lr"] for r in (run, expected)]
+    assert rates[0] == rates[1]
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("frequency", [1, 2, 3, 4])
+def test_frequency_counts_batches_under_accumulation(frequency, fused):
+    settings = {"scheduler": lambda o: lr_scheduler.ExponentialLR(o, 0.8), "fused": fused, "frequency": frequency}
+    bad = dict.fromkeys((2, 3), INF)  # one whole step
+    model, clean = RecordsRates(factors=bad, **settings), RecordsRates(**settings)
+    trainer(MixedPrecision("fp32"), accumulate_grad_batches=2, log_every_n_steps=1000).fit(model, batches(14))
+    trainer(accumulate_grad_batches=2).fit(clean, batches_without(bad, 14))
+    assert model.rates == clean.rates
 
 
 @pytest.mark.parametrize("kind", [Stateful, Tracing])
@@ -512,8 +602,26 @@ class FirstSGD(TiltedSGD):
         """Leave it where it is."""
 
 
+class SeldomSGD(TiltedDataSGD):
+    """Does so in every third step."""
+
+    steps = 0
+
+    def move(self, param, by):
+        self.steps += param is self.param_groups[0]["params"][0]
+        if self.steps // 2 % 3 == 2:
+            super().move(param, by)
+
+
+class BalancedSGD(TiltedSGD):
+    """Moves weights so that their sum stays."""
+
+    def move(self, param, by):
+        param.data.view(-1)[:2].add_(by * torch.tensor([1.0, -1.0])[: param.numel()])
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-@pytest.mark.parametrize("optimizer", [TiltedSGD, TiltedDataSGD, ClearingSGD])
+@pytest.mark.parametrize("optimizer", [TiltedSGD, TiltedDataSGD, ClearingSGD, SeldomSGD, BalancedSGD])
 def test_optimizer_that_evaluates_an_optional_closure_elsewhere_is_refused(precision, optimizer):
     name = optimizer.__name__
     text = rf"{name}\.step changes weights or gradients before .* class Repeating\({name}\): def step\(self, closure\)"
@@ -541,6 +649,31 @@ def test_optimizer_that_evaluates_an_optional_closure_first_trains_as_torchs(pre
     trainer(plugin).fit(ours, batches())
     trainer(MixedPrecision(precision, loss_scale=plugin.policy.loss_scale)).fit(torchs, batches())
     assert plugin.applied_steps == 8
+    for mine, theirs in zip(weights(ours), weights(torchs), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+class Hooked(Regression):
+    """A step hook halves the gradients."""
+
+    def configure_optimizers(self):
+        optimizer = super().configure_optimizers()
+        optimizer.register_step_pre_hook(self.halve)
+        return optimizer
+
+    @staticmethod
+    def halve(optimizer, args, kwargs):
+        for param in optimizer.param_groups[0]["params"]:
+            param.grad.mul_(0.5)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_gradients_that_a_step_hook_changed_are_no_fault_of_the_optimizer(precision):
+    scale = 64.0 if precision == "fp16" else None
+    # torch runs the hooks at both levels of a step that calls its super(): a quarter of the gradient.
+    ours, torchs = Hooked(optimizer=FirstSGD), Regression(optimizer=torch.optim.SGD, lr=1e-2 / 4)
+    for model in (ours, torchs):
+        trainer(MixedPrecision(precision, loss_scale=scale)).fit(model, batches())
     for mine, theirs in zip(weights(ours), weights(torchs), strict=True):
         assert torch.equal(mine, theirs)
 

@@ -10,12 +10,12 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from lightning.pytorch import LightningModule
+from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from lightning_mp import DynamicLossScale, MixedPrecision, OverflowFoundError
+from lightning_mp import DynamicLossScale, MixedPrecision, OverflowFoundError, OverflowMonitor
 from tests.models import trainer
 
 WORLD = 2
@@ -145,7 +145,10 @@ def check_loss_of_one_rank(rank: int, precision: str, on_nonfinite: str, *, fuse
     plugin = MixedPrecision(precision, loss_scale=loss_scale, on_nonfinite=on_nonfinite)
     model = Net(bad_rank=1, fused=fused)
     if on_nonfinite == "raise":
-        with pytest.raises(OverflowFoundError, match=f"step {BAD} .* unscaled loss was non-finite already"):
+        # Without a dynamic scale nothing hangs on whose loss it was, and ranks do not ask each other.
+        knows = rank == 1 or precision == "fp16"
+        cause = "unscaled loss was non-finite already" if knows else "loss of this rank was finite.* on another rank"
+        with pytest.raises(OverflowFoundError, match=f"step {BAD} .* {cause}"):
             fit(model, plugin, steps=range(STEPS))
         # A step that the device skipped is known one batch later.
         assert_same_on_all_ranks((plugin.applied_steps, plugin.skipped_steps, plugin.consecutive_skips))
@@ -154,6 +157,32 @@ def check_loss_of_one_rank(rank: int, precision: str, on_nonfinite: str, *, fuse
     assert (plugin.applied_steps, plugin.skipped_steps) == (BAD + 1, 0)
     assert plugin.last_step.loss_nonfinite
     assert not any(v.isfinite().all() for v in values(model))
+
+
+class TellsOnRankZero(Callback):
+    """Reads on one rank what the device knows by then, as most callbacks that log do."""
+
+    def on_train_batch_end(self, trainer: Any, module: Any, *args: Any) -> None:
+        if trainer.is_global_zero:
+            plugin = trainer.precision_plugin
+            module.told.append((plugin.last_step.step, plugin.skipped_steps))
+            module.lr_schedulers().get_last_lr()
+
+
+def check_reads_on_one_rank(rank: int, precision: str, *, fused: bool) -> None:
+    """What one rank reads asks nothing of the others, and changes nothing."""
+    loss_scale = SCALE if precision == "fp16" else None
+    runs = []
+    for callbacks in ([], [TellsOnRankZero(), OverflowMonitor(on_overflow="log")]):
+        model = Net(bad_rank=1, fused=fused)
+        model.told = []
+        fit(model, MixedPrecision(precision, loss_scale=loss_scale), callbacks=callbacks)
+        runs.append((values(model), model.learning_rates))
+    assert model.told == ([(step, int(step >= BAD)) for step in range(STEPS)] if rank == 0 else [])
+    assert [event.rank for event in callbacks[1].events] == [1]
+    for left, right in zip(runs[0][0], runs[1][0], strict=True):
+        assert torch.equal(left, right)
+    assert runs[0][1] == runs[1][1]
 
 
 def check_accumulation(rank: int) -> None:
@@ -222,6 +251,11 @@ CHECKS = {
     "decisions": [
         (check_loss_of_one_rank, (precision, on_nonfinite), {"fused": fused})
         for precision, on_nonfinite in (("fp16", "ignore"), ("fp16", "raise"), ("bf16", "raise"))
+        for fused in (False, True)
+    ],
+    "reads": [
+        (check_reads_on_one_rank, (precision,), {"fused": fused})
+        for precision in ("fp16", "bf16")
         for fused in (False, True)
     ],
     "gradients": [
