@@ -44,7 +44,9 @@ class MasterWeights:
     """A module with 16-bit parameters whose FP32 values the optimizers update.
 
     The life of one: ``convert_`` before optimizers are made, ``attach`` to them, training with plain
-    ``optimizer.step()``, ``detach``. Then it may be used again.
+    ``optimizer.step()``, ``detach``. Then it may be used again. ``torch.optim.AdamW`` and ``Adam`` with
+    ``fused=True`` on CUDA are stepped by a kernel of ours (:meth:`step_path` says so), all others by
+    their own ``step`` on FP32 stand-ins.
 
     Args:
         mode: ``"copy"`` keeps an FP32 tensor beside each parameter, ``"split"`` the 16 bits that a
@@ -270,6 +272,8 @@ class MasterWeights:
             bucket_numel=self.bucket_numel,
             before_step=self._before_step,
         )
+        if self._reducer is not None and step.fused is not None:
+            step.fused.process_group = self._reducer.ddp.process_group
         step.install()
         self._steps[id(optimizer)] = step
 

@@ -14,6 +14,7 @@ from math import inf, log
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -48,7 +49,7 @@ class _Entry:
     grad: Tensor
     state: dict[str, Tensor]
     group: int
-    is_clipped: bool
+    factor: Tensor | None  # which clips the gradient
 
     def row(self) -> tuple[int, ...]:
         state = self.state
@@ -69,6 +70,8 @@ class FusedAdam:
     Attributes:
         num_updated: Parameters that the last step updated.
         reason: Why it left others with masters to the generic path; empty if it did not.
+        process_group: Ranks that hold the same weights. They use the kernel together or not at all: it may
+            round otherwise than the generic path, and replicas must not drift apart.
     """
 
     def __init__(
@@ -81,6 +84,8 @@ class FusedAdam:
     ) -> None:
         self.num_updated = 0
         self.reason = ""
+        self.process_group: dist.ProcessGroup | None = None
+        self._refusals: dict[Variant, str | None] = {}
         self._optimizer = optimizer
         self._masters = masters
         self._gradients = gradients
@@ -92,21 +97,22 @@ class FusedAdam:
     def step_(self) -> Collection[nn.Parameter]:
         """Update parameters, their masters and their state; return those that are done."""
         self.num_updated, self.reason = 0, ""
-        batches: dict[tuple[Variant, int], list[_Entry]] = {}
-        factors: dict[int, Tensor | None] = {}
-        for entry, factor in self._entries():
-            factors[id(factor)] = factor
-            batches.setdefault((self._variant(entry), id(factor)), []).append(entry)
+        batches: dict[tuple[Any, ...], list[_Entry]] = {}
+        for entry in self._entries():
+            # The number of the device: hashing a device itself costs more than all the rest.
+            key = (entry.param.get_device(), type(entry.master), entry.param.dtype, entry.grad.dtype, id(entry.factor))
+            batches.setdefault(key, []).append(entry)
         done: set[nn.Parameter] = set()
         settings: dict[torch.device, Tensor] = {}
-        for number, ((variant, factor_id), entries) in enumerate(batches.items()):
+        for number, entries in enumerate(batches.values()):
+            variant = self._variant(entries[0])
             if (refusal := self._refusal(variant)) is not None:
                 self.reason = refusal
                 continue
             with torch.cuda.device(variant.device) if variant.device.type == "cuda" else nullcontext():
                 if variant.device not in settings:
                     settings[variant.device] = self._settings(variant.device)
-                self._update_(number, variant, entries, settings[variant.device], factors[factor_id])
+                self._update_(number, variant, entries, settings[variant.device])
             done.update(entry.param for entry in entries)
         self.num_updated = len(done)
         return done
@@ -115,27 +121,39 @@ class FusedAdam:
         """Compile and check now what the first step will most likely need, rather than in that step."""
         if self._why_not_optimizer() is not None:
             return
+        reduced = None if self.process_group is None else torch.float32
         found = {
-            Variant(param.device, _weights_of(self._masters[param]), _GRADS[param.grad_dtype or param.dtype])
+            Variant(param.device, _weights_of(self._masters[param]), _GRADS[reduced or param.grad_dtype or param.dtype])
             for group in self._optimizer.param_groups
             for param in group["params"]
             if _why_not_group(group) is None and param.device.type == DEVICE_TYPE
             if isinstance(self._masters.get(param), (CopyMaster, SplitMaster)) and param.requires_grad
         }
-        for variant in found:
+        for variant in sorted(found, key=str):  # in the same order on every rank
             self._refusal(variant)
 
     def _refusal(self, variant: Variant) -> str | None:
         if self._is_trial:
             return None
-        from lightning_mp.master_weights.fused_check import why_not  # which runs this class
+        if variant not in self._refusals:
+            from lightning_mp.master_weights.fused_check import why_not  # which runs this class
 
-        return why_not(variant.device, variant.weights, variant.grads)
+            reason = why_not(variant.device, variant.weights, variant.grads)
+            self._refusals[variant] = reason if self.process_group is None else self._agreed(reason, variant.device)
+        return self._refusals[variant]
+
+    def _agreed(self, reason: str | None, device: torch.device) -> str | None:
+        from lightning_mp.master_weights.fused_check import may_wait
+
+        with may_wait(device):
+            is_refused = torch.tensor(float(reason is not None), device=device)
+            dist.all_reduce(is_refused, op=dist.ReduceOp.MAX, group=self.process_group)
+            return reason or ("another rank cannot use the kernel" if bool(is_refused) else None)
 
     # --- What is updated -------------------------------------------------------------------------
 
-    def _entries(self) -> Iterator[tuple[_Entry, Tensor | None]]:
-        """Yield the parameters that the kernel can update, each with the factor that clips its gradient."""
+    def _entries(self) -> Iterator[_Entry]:
+        """Yield the parameters that the kernel can update."""
         refusal = self._why_not_optimizer()
         if refusal is not None:
             self.reason = refusal
@@ -150,15 +168,16 @@ class FusedAdam:
                 if master is None or param.grad is None:
                     continue
                 found = _why_not_master(master)
+                operations: list[Any] = []
                 if found is None:
                     master.move_()
-                    found = self._why_not_tensors(param)
+                    operations = self._gradients.waiting(param)
+                    found = self._why_not_tensors(param) or _why_not_clips(operations)
                 if found is not None:
                     self.reason = found
                     continue
-                operations = self._gradients.waiting(param)
-                factor = operations[0].factor if operations else None  # type: ignore[attr-defined]
-                yield _Entry(param, master, param.grad, self._state(param), index, factor is not None), factor
+                factor = operations[0].factor if operations else None
+                yield _Entry(param, master, param.grad, self._state(param), index, factor)
 
     def _why_not_optimizer(self) -> str | None:
         optimizer = self._optimizer
@@ -178,12 +197,6 @@ class FusedAdam:
             return "a gradient is not dense, or not BF16, FP16 or FP32"
         if state and not _is_plain_state(state, param):
             return "optimizer state is not laid out as torch's fused kernel lays it out"
-        operations = self._gradients.waiting(param)
-        if not operations:
-            return None
-        only = operations[0] if len(operations) == 1 else None
-        if not isinstance(only, Scaling) or only.factor.dtype is not torch.float32:
-            return "gradients wait for another clip than one by their norm"
         return None
 
     def _state(self, param: nn.Parameter) -> dict[str, Tensor]:
@@ -201,13 +214,13 @@ class FusedAdam:
 
     # --- The update ------------------------------------------------------------------------------
 
-    def _update_(
-        self, number: int, variant: Variant, entries: list[_Entry], settings: Tensor, factor: Tensor | None
-    ) -> None:
+    def _update_(self, number: int, variant: Variant, entries: list[_Entry], settings: Tensor) -> None:
         device = variant.device
         one, zero = self._constants_on(device)
         flag = getattr(self._optimizer, "found_inf", None)
         flag = zero if flag is None else flag.to(device=device, dtype=torch.float32, non_blocking=True)
+        factor = entries[0].factor
+        writes = self._gradients.shows_clipped and factor is not None
         factor = one if factor is None else factor.to(device, non_blocking=True)
         masters = [entry.master for entry in entries]
         type(masters[0]).before_in_place(masters)
@@ -216,7 +229,6 @@ class FusedAdam:
                 entry.grad = torch.empty_like(entry.param, dtype=entry.grad.dtype).copy_(entry.grad)
         advance = one if flag is zero else (flag == 0).to(torch.float32)
         torch._foreach_add_([entry.state["step"] for entry in entries], advance)
-        writes = self._gradients.shows_clipped and any(entry.is_clipped for entry in entries)
         self._launch(number, variant, entries, (settings, factor, flag, int(writes)))
         changed: list[Tensor] = [entry.param for entry in entries]
         for entry in entries:
@@ -349,6 +361,15 @@ def _why_not_master(master: Master) -> str | None:
     return None if device.type == DEVICE_TYPE else f"parameters are on {device.type}"
 
 
+def _why_not_clips(operations: list[Any]) -> str | None:
+    if not operations:
+        return None
+    only = operations[0] if len(operations) == 1 else None
+    if isinstance(only, Scaling) and only.factor.dtype is torch.float32:
+        return None
+    return "gradients wait for another clip than one by their norm"
+
+
 def _weights_of(master: Master) -> str:
     if isinstance(master, SplitMaster):
         return "split"
@@ -356,23 +377,19 @@ def _weights_of(master: Master) -> str:
 
 
 def _is_plain_state(state: Mapping[str, Any], param: nn.Parameter) -> bool:
-    step = state.get("step")
+    step, first, second = state.get("step"), state.get("exp_avg"), state.get("exp_avg_sq")
+    if not (isinstance(step, Tensor) and isinstance(first, Tensor) and isinstance(second, Tensor)):
+        return False
     return (
-        isinstance(step, Tensor)
-        and step.dtype is torch.float32
-        and step.device == param.device
-        and all(
-            isinstance(moment, Tensor)
-            and moment.dtype is torch.float32
-            and moment.device == param.device
-            and _has_order_of(moment, param)
-            for moment in (state.get("exp_avg"), state.get("exp_avg_sq"))
-        )
+        step.dtype is first.dtype is second.dtype is torch.float32
+        and param.device == step.device == first.device == second.device
+        and _has_order_of(first, param)
+        and _has_order_of(second, param)
     )
 
 
 def _has_order_of(tensor: Tensor, param: nn.Parameter) -> bool:
     """Tell whether elements lie in memory as the parameter's, which is dense."""
-    if tensor.shape != param.shape:
+    if tensor.stride() != param.stride() and not (tensor.is_contiguous() and param.is_contiguous()):
         return False
-    return tensor.stride() == param.stride() or (tensor.is_contiguous() and param.is_contiguous())
+    return tensor.shape == param.shape

@@ -16,7 +16,7 @@ from lightning_mp.master_weights.masters import CopyMaster, Master
 from lightning_mp.master_weights.split import flat_view, publish_
 from lightning_mp.master_weights.split_master import SplitMaster
 
-__all__ = ["why_not"]
+__all__ = ["may_wait", "why_not"]
 
 _log = logging.getLogger(__name__)
 
@@ -54,7 +54,7 @@ def _why_not(device: torch.device, weights: str, grads: str) -> str | None:
     if device.type == "cuda" and os.environ.get("TRITON_INTERPRET", "0") == "1":
         return "TRITON_INTERPRET is set, with which Triton computes on the host"
     try:
-        with _may_wait(device):
+        with may_wait(device):
             wrong = _disagreement(device, weights, grads)
     except ImportError as error:
         return f"Triton cannot be imported ({error})"
@@ -64,7 +64,7 @@ def _why_not(device: torch.device, weights: str, grads: str) -> str | None:
 
 
 @contextmanager
-def _may_wait(device: torch.device) -> Iterator[None]:
+def may_wait(device: torch.device) -> Iterator[None]:
     """Allow host syncs, whatever the debug mode says: a trial reads its results, once."""
     if device.type != "cuda":
         yield

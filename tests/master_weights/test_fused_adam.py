@@ -24,6 +24,7 @@ from lightning_mp.master_weights import MasterWeights, fused_adam, fused_check
 from lightning_mp.master_weights.adam_kernel import BLOCK, CHUNK
 from lightning_mp.master_weights.split import publish_
 from tests.mastered import Net, fit
+from tests.metrics.ranks import on_two_ranks
 
 IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if IS_INTERPRETED else "cuda"
@@ -708,6 +709,39 @@ def test_kernel_that_computes_something_else_is_not_used(change, monkeypatch, ca
     path, text = stepped(caplog)
     assert path.startswith("generic path: the kernel disagreed with torch's in a trial: ")
     assert "because the kernel disagreed" in text
+
+
+def path_on_rank(rank: int) -> tuple[str, list[Tensor]]:
+    fused_adam.DEVICE_TYPE = "cpu"
+    if rank == 1:
+
+        def broken() -> Any:
+            raise ImportError("none here")
+
+        fused_adam.compiled_kernel = broken
+    torch.manual_seed(0)
+    module = nn.Linear(3, 2)
+    masters = MasterWeights("split")
+    masters.convert_(module)
+    optimizer = torch.optim.AdamW(module.parameters(), fused=True, **SETTINGS)
+    ddp = nn.parallel.DistributedDataParallel(module)
+    masters.attach([optimizer], ddp=ddp)
+    for _ in range(2):
+        masters.begin_backward()
+        ddp(torch.ones(2, 3).bfloat16()).float().square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return masters.step_path(optimizer), [masters.value_of(param).clone() for param in module.parameters()]
+
+
+if IS_INTERPRETED:
+
+    def test_ranks_with_the_same_weights_use_the_kernel_together_or_not_at_all() -> None:
+        (first, left), (second, right) = on_two_ranks(path_on_rank)
+        assert first == "generic path: another rank cannot use the kernel"
+        assert second == "generic path: Triton cannot be imported (none here)"
+        for one, other in zip(left, right, strict=True):
+            assert_same_bits(one, other)
 
 
 @on_device
