@@ -575,6 +575,86 @@ def test_preserved_puts_back_what_a_module_keeps_in(name) -> None:
     assert show(changed) != show(make())
 
 
+def stored_by_validation(value: float) -> Tensor:
+    with torch.inference_mode():
+        return torch.full((2,), value)
+
+
+def set_in_inference(value: Tensor) -> None:
+    with torch.inference_mode():
+        value.fill_(7)
+
+
+# Tensors that hold NaN, cannot be written by a plain copy_, or both, and how a step may change them.
+TENSORS = {
+    "expanded": (lambda: torch.full((1,), NAN).expand(3), lambda v: v[:1].fill_(7)),
+    "expanded both ways": (lambda: torch.full((1, 2, 1), NAN).expand(3, 2, 4), lambda v: v[:1, :, :1].fill_(7)),
+    "of inference mode": (lambda: stored_by_validation(NAN), set_in_inference),
+    "nested": (lambda: torch.nested.nested_tensor([torch.full((2,), NAN), torch.ones(3)]), lambda v: v.mul_(0)),
+    "jagged": (
+        lambda: torch.nested.nested_tensor([torch.full((2,), NAN), torch.ones(3)], layout=torch.jagged),
+        lambda v: v.values().fill_(7),
+    ),
+    "sparse": (lambda: torch.tensor([0, NAN]).to_sparse(), lambda v: v.zero_()),
+    "rows": (lambda: torch.tensor([[0, NAN]]).to_sparse_csr(), lambda v: v.values().fill_(7)),
+    "conjugate": (lambda: torch.tensor([complex(NAN, 1)]).conj(), lambda v: v.fill_(7)),
+    **{
+        str(dtype): (lambda dtype=dtype: torch.full((2,), NAN).to(dtype), lambda v: v.zero_())
+        for dtype in (torch.float64, torch.bfloat16, torch.float8_e5m2, torch.complex128)
+    },
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*(nested tensors|Sparse).*:UserWarning")
+@pytest.mark.parametrize("name", TENSORS)
+def test_preserved_writes_a_tensor_only_if_it_changed(name) -> None:
+    make, change = TENSORS[name]
+    model, reference = linear(), make()
+    model.state = kept = make()
+    version = None if kept.is_inference() else kept._version
+    with preserved(model):
+        model.count = 1
+    assert version is None or kept._version == version
+    with preserved(model):
+        change(kept)
+        assert bits(kept) != bits(reference)
+    assert model.state is kept
+    assert bits(kept) == bits(reference)
+
+
+def bits(value: Tensor) -> str:
+    # Printed digits: NaN prints like NaN.
+    return str(value.values().tolist() if value.is_nested else value.to_dense().tolist())
+
+
+class Stubborn(random.Random):
+    """Takes back no state."""
+
+    def setstate(self, state: Any) -> None:
+        raise ValueError("no way back")
+
+
+def test_value_that_cannot_be_put_back_keeps_no_other_from_it_and_the_replay_counts() -> None:
+    model = nn.Sequential(nn.BatchNorm1d(4), overflowing())
+    model.first, model.state, model.meta, model.last = [1], Stubborn(), torch.empty(2, device="meta"), [1]
+    torch_state, python_state = torch.get_rng_state(), random.getstate()
+
+    def step(batch: Tensor) -> Tensor:
+        model.first.append(2)
+        model.last.append(2)
+        torch.rand(1)
+        random.random()
+        return model(batch).sum()
+
+    with pytest.warns(RuntimeWarning, match="1 of the values that Sequential .* ValueError: no way back"):
+        found = look(model, step=step)
+    assert where(found) == ("forward", "1", "inf")
+    assert (model.first, model.last) == ([1], [1])
+    assert model[0].num_batches_tracked == 0
+    assert torch.equal(torch.get_rng_state(), torch_state)
+    assert random.getstate() == python_state
+
+
 def test_preserved_leaves_objects_of_other_classes_and_parameters_as_the_block_left_them() -> None:
     model = linear()
     model.state = Counted(a=1)

@@ -2,6 +2,7 @@
 
 import random
 import sys
+import warnings
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -48,21 +49,32 @@ def preserved(model: nn.Module) -> Iterator[None]:
     its attributes. Of those that are lists, dicts, sets and deques (subclasses too, and nested), tensors,
     NumPy arrays, and generators of torch, Python and NumPy, the contents come back. The states of
     torchmetrics are such attributes. Objects of other classes keep what the block wrote to them, and
-    gradients and parameters are the caller's.
+    gradients and parameters are the caller's. What did not change is not written. A value that cannot be
+    read or written is left as it is, with a warning, and keeps nothing else from coming back.
     """
-    rng, python_rng = RandomState.now(), random.getstate()
+    undo: list[Callable[[], object]] = [RandomState.now().restore_, partial(random.setstate, random.getstate())]
     numpy = sys.modules.get("numpy")
-    numpy_rng = numpy.random.get_state() if numpy is not None else None
-    undo = list(_remember(model))
+    if numpy is not None:
+        undo.append(partial(numpy.random.set_state, numpy.random.get_state()))
+    failures: list[str] = []
+    undo += _remember(model, failures)
     try:
         yield
     finally:
         for put_back in undo:
-            put_back()
-        rng.restore_()
-        random.setstate(python_rng)
-        if numpy is not None:
-            numpy.random.set_state(numpy_rng)
+            try:
+                put_back()
+            except Exception as error:
+                failures.append(f"{type(error).__name__}: {error}")
+        if failures:
+            warnings.warn(_failure_text(model, failures), RuntimeWarning, stacklevel=3)
+
+
+def _failure_text(model: nn.Module, failures: list[str]) -> str:
+    return (
+        f"{len(failures)} of the values that {type(model).__name__} and its modules hold could not be put back after a "
+        f"batch was computed once more, which may have changed them. The first failed with {failures[0]}"
+    )
 
 
 def eager() -> AbstractContextManager[Any]:
@@ -73,8 +85,8 @@ def eager() -> AbstractContextManager[Any]:
     return torch.compiler.set_stance("force_eager")  # type: ignore[no-any-return]
 
 
-def _remember(model: nn.Module) -> Iterator[Callable[[], None]]:
-    """Yield what puts back the contents of everything that is found from ``model`` on."""
+def _remember(model: nn.Module, failures: list[str]) -> Iterator[Callable[[], None]]:
+    """Yield what puts back the contents of everything that is found from ``model`` on; note what cannot be read."""
     # By identity, and held: what a freed value leaves behind could be another one's.
     seen: dict[int, Any] = {}
     waiting: list[Any] = [model]
@@ -84,7 +96,11 @@ def _remember(model: nn.Module) -> Iterator[Callable[[], None]]:
             continue
         seen[id(value)] = value
         waiting += _items_of(value)
-        put_back = _contents_of(value)
+        try:
+            put_back = _contents_of(value)
+        except Exception as error:
+            failures.append(f"{type(error).__name__}: {error}")
+            continue
         if put_back is not None:
             yield put_back
 
@@ -171,18 +187,58 @@ def _set_state(generator: torch.Generator, state: Tensor) -> None:
     generator.set_state(state)
 
 
-def _tensor_contents(value: Tensor) -> Callable[[], None]:
+def _tensor_contents(value: Tensor) -> Callable[[], None] | None:
+    if value.is_meta:
+        # No numbers.
+        return None
     storage, kept = value.detach(), value.detach().clone()
 
-    @torch.no_grad()
     def put_back() -> None:
-        if value.layout is not torch.strided:
-            value.copy_(kept)
-            return
-        if value.shape != kept.shape or value.dtype != kept.dtype or value.data_ptr() != storage.data_ptr():
-            value.data = storage
-        # Not by the version counter: batch norm moves its statistics without raising it (torch 2.13).
-        if not torch.equal(value, kept):
-            value.copy_(kept)
+        # What a validation stored may only be written as it was made.
+        with torch.inference_mode(value.is_inference()), torch.no_grad():
+            is_plain = value.layout is torch.strided and not value.is_nested
+            if is_plain and (
+                value.shape != kept.shape or value.dtype != kept.dtype or value.data_ptr() != storage.data_ptr()
+            ):
+                value.data = storage
+            # Not by the version counter: batch norm moves its statistics without raising it (torch 2.13).
+            if not _have_same_bits(value, kept):
+                _write(value, kept)
 
     return put_back
+
+
+# NaN differs from itself as a number, not in its bits. By bytes of an element.
+_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def _have_same_bits(value: Tensor, kept: Tensor) -> bool:
+    return all(torch.equal(_bits(a), _bits(b)) for a, b in zip(_parts(value), _parts(kept), strict=True))
+
+
+def _parts(value: Tensor) -> list[Tensor]:
+    """Return the dense tensors in which ``value`` keeps its numbers and their places."""
+    if value.is_nested:
+        return [value.values(), value.offsets()] if value.layout is torch.jagged else [*value.unbind()]  # type: ignore[attr-defined]
+    if value.layout is torch.sparse_coo:
+        return [value._indices(), value._values()]
+    if value.layout in (torch.sparse_csr, torch.sparse_bsr):
+        return [value.crow_indices(), value.col_indices(), value.values()]
+    if value.layout in (torch.sparse_csc, torch.sparse_bsc):
+        return [value.ccol_indices(), value.row_indices(), value.values()]
+    return [value]
+
+
+def _bits(value: Tensor) -> Tensor:
+    if value.is_complex():
+        value = torch.view_as_real(value.resolve_conj())
+    return value.resolve_neg().view(_BITS[value.itemsize]) if value.is_floating_point() else value
+
+
+def _write(value: Tensor, kept: Tensor) -> None:
+    if value.layout is torch.strided and not value.is_nested:
+        # Once: torch refuses to write where `expand` repeats a place.
+        repeated = [dim for dim, stride in enumerate(value.stride()) if stride == 0 and value.shape[dim] > 1]
+        for dim in repeated:
+            value, kept = value.narrow(dim, 0, 1), kept.narrow(dim, 0, 1)
+    value.copy_(kept)
