@@ -338,6 +338,27 @@ def test_item_that_harms_is_told_from_one_that_does_not() -> None:
     assert where(look(model, both, step=lambda b: (model(b["x"]) - b["y"]).sum())) == ("batch", "x", "nan")
 
 
+def padded_loss(model: nn.Module, batch: Any) -> Tensor:
+    """NaN fills up what is too short; a batch without any is refused."""
+    rows = batch["x"][~batch["x"].isnan().any(-1)]
+    if len(rows) == len(batch["x"]):
+        raise ValueError("the last row is padding")
+    return model(rows).sum() * batch.get("weight", torch.ones(1)).sum()
+
+
+def test_repaired_item_that_the_step_refuses_leaves_the_replay_valid() -> None:
+    model, padded = linear(), torch.tensor([[1.0] * 4, [NAN] * 4])
+    found = look(model, {"x": padded}, step=lambda b: torch.log(padded_loss(model, b) * 0))
+    # What is wrong is the loss, but nothing can tell as long as the item stays.
+    assert where(found) == ("batch", "x", "nan")
+    # An item that can be repaired is still told from the one that cannot.
+    batch = {"x": padded, "weight": torch.tensor([INF])}
+    assert where(look(model, batch, step=lambda b: padded_loss(model, b))) == ("batch", "weight", "inf")
+    # On the batch as it is, an error is one.
+    with pytest.raises(ValueError, match="padding"):
+        look(model, {"x": torch.ones(2, 4)}, step=lambda b: padded_loss(model, b))
+
+
 def test_probabilities_keep_valid_values_where_they_are_made_finite() -> None:
     model = linear()
     batch = {"p": torch.tensor([0.25, NAN]), "q": torch.tensor([NAN, NAN])}

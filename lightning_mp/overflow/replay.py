@@ -51,24 +51,26 @@ def replay(
         The finding; ``None`` if the batch computes without anything non-finite.
 
     Raises:
-        Exception: Whatever ``step`` or its backward raises, such as by reentrant checkpointing, which
-            knows no ``torch.autograd.grad``.
+        Exception: Whatever ``step`` or its backward raises on the batch as it is, such as by reentrant
+            checkpointing, which knows no ``torch.autograd.grad``. If it raises on finite values, as where NaN
+            is padding, then the item in whose place they stand stays as suspicious as it was.
     """
     together = together or Together()
     passes = _passes(batch)
     wanted, finding, is_done = next(passes), None, False
     first: Observation | None = None
     while True:
+        seen: Observation | None = None
         error: Exception | None = None
         try:
             with together:
                 seen = _compute(model, step, wanted, rng, loss_scale, region, silenced)
         except Exception as raised:
             error = raised
-        if together.any_rank(error is not None):
+        if together.any_rank(error is not None) and first is None:
             if error is not None:
                 raise error
-            return find_culprit(first or seen)
+            return None if seen is None else find_culprit(seen)
         first = first or seen
         if not is_done:
             try:
@@ -79,20 +81,25 @@ def replay(
             return finding
 
 
-def _passes(batch: Any) -> Generator[Any, Observation, Finding | None]:
-    """Yield the batches to compute, take what each showed, and return the finding."""
+def _passes(batch: Any) -> Generator[Any, Observation | None, Finding | None]:
+    """Yield the batches to compute, take what each showed, ``None`` if it raised, and return the finding."""
     seen = yield batch
+    if seen is None:
+        return None
     finding = find_culprit(seen)
     if finding is None or finding.phase != "batch":
         return finding
     items = [path for path, wanted in seen.batch.items() if not seen.stats(wanted).is_finite]
     # The item that was named is looked at first, and all of them at last: each may be enough.
     items.sort(key=lambda path: path != finding.fqn)
+    still: Finding | None = finding
     for paths in [[path] for path in items] + [items] * (len(items) > 1):
         repaired = _made_finite(batch, paths)
         if repaired is None:
             return finding
         again = yield repaired
+        if again is None:
+            continue
         still = find_culprit(again)
         if still is None or (again.is_loss_finite and not seen.is_loss_finite):
             return describe_item(seen, paths[0])

@@ -42,10 +42,13 @@ class Together:
             self._watch.__exit__(kind, error, trace)  # type: ignore[no-untyped-call]
 
     def any_rank(self, is_true: bool) -> bool:
-        """Tell whether it is true on any rank, once the block has ended on all; also if the ranks parted."""
+        """Tell whether it is true on any rank, once the block has ended on all; also if the ranks parted in it."""
         if self._watch is None:
             return is_true
-        return self._has_parted or any(self._meet(at_collective=False, is_true=is_true))
+        is_any = not self._has_parted and any(self._meet(at_collective=False, is_true=is_true))
+        # All are here now, and together again.
+        has_parted, self._has_parted = self._has_parted, False
+        return is_any or has_parted
 
     def reach_collective(self) -> None:
         """Go on if every rank is at a collective.
