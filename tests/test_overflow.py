@@ -338,6 +338,48 @@ def test_item_that_harms_is_told_from_one_that_does_not() -> None:
     assert where(look(model, both, step=lambda b: (model(b["x"]) - b["y"]).sum())) == ("batch", "x", "nan")
 
 
+def count_passes(step: Any) -> tuple[Any, list[int]]:
+    passes: list[int] = []
+
+    def counted(batch: Any) -> Tensor:
+        passes.append(1)
+        return step(batch)
+
+    return counted, passes
+
+
+@pytest.mark.parametrize("order", [("c", "a", "b"), ("a", "c", "b"), ("a", "b", "c")])
+@pytest.mark.parametrize("harmless", [NAN, INF, -INF])
+def test_harmless_item_beside_two_harmful_ones_is_not_blamed(order, harmless) -> None:
+    model = linear()
+    values = {"a": NAN, "b": INF, "c": harmless}
+    batch = {name: torch.full((2, 4), values[name]) for name in order}
+    found = look(model, batch, step=lambda b: model(b["a"]).sum() + model(b["b"]).sum() + b["c"].isfinite().sum())
+    assert found.phase == "batch"
+    assert found.fqn in ("a", "b")
+
+
+def test_item_is_found_among_many_in_a_handful_of_passes() -> None:
+    model = linear()
+    mask = torch.tensor([0.0, -INF, 0.0, -INF])
+    batch = [{"x": torch.ones(4), "mask": mask} for _ in range(100)]
+    for place in (61, 88):
+        batch[place]["x"] = torch.full((4,), NAN)
+    # The mask of each is used as one, which does no harm.
+    step, passes = count_passes(lambda b: sum((model(one["x"]) * one["mask"].softmax(0)).sum() for one in b))
+    assert where(look(model, batch, step=step)) == ("batch", "61.x", "nan")
+    # The batch, all 102 items finite, and log2 of 102, rounded up.
+    assert len(passes) <= 1 + 1 + 7
+
+
+def test_items_that_cannot_all_be_repaired_take_a_handful_of_passes() -> None:
+    model = linear()
+    batch = {"x": torch.tensor([[1.0] * 4, [NAN] * 4]), **{str(i): torch.full((4,), -INF) for i in range(50)}}
+    step, passes = count_passes(lambda b: torch.log(padded_loss(model, b) * 0))
+    assert where(look(model, batch, step=step)) == ("batch", "x", "nan")
+    assert len(passes) <= 8
+
+
 def padded_loss(model: nn.Module, batch: Any) -> Tensor:
     """NaN fills up what is too short; a batch without any is refused."""
     rows = batch["x"][~batch["x"].isnan().any(-1)]

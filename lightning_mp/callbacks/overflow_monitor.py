@@ -61,9 +61,10 @@ class OverflowMonitor(Callback):
     it changes in place is replayed as changed. A batch is held one step longer, under accumulation all
     batches of a step.
 
-    A non-finite item of the batch is blamed if the replay is finite with finite values in its place, and not
-    if it does no harm, as labels that are masked out. ``"always"`` cannot tell, and blames it if no module
-    made anything non-finite of finite values.
+    A non-finite item of the batch is blamed if the replay is finite with finite values in all such items and
+    not while this one stays; not if it does no harm, as labels that are masked out. That takes a few passes
+    more: 1 for one such item, 8 for 100. ``"always"`` cannot tell, and blames an item if no module made
+    anything non-finite of finite values.
 
     With an optimizer that skips on the device (fused Adam, AdamW) the event comes one step late, before the
     next update. Manual optimization, ``dataloader_iter``, sharding strategies and a replay that fails (as by

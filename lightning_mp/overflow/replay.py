@@ -17,6 +17,9 @@ from lightning_mp.overflow.together import Together
 
 __all__ = ["copy_containers", "replay"]
 
+# Of items one by one, where they cannot be made finite together: enough for the usual handful.
+_MAX_SINGLE_PASSES = 6
+
 
 def replay(
     model: nn.Module,
@@ -34,8 +37,9 @@ def replay(
     Random states, buffers, attributes of modules, gradients and the batch are afterwards what they
     were. Parameters that ``step`` itself writes to are not protected.
 
-    A non-finite item of the batch is named if the loss is finite once finite values stand in its place,
-    which takes a further pass per such item. Else it did no harm, as labels that are masked out.
+    A non-finite item of the batch is named if the loss is finite once finite values stand in the place of
+    all such items, and is not while this one stays. Else it did no harm, as labels that are masked out.
+    That takes one further pass and the binary logarithm of the number of such items, such as 8 for 100.
 
     Args:
         model: The bare module, not a wrapper that reduces gradients.
@@ -89,21 +93,57 @@ def _passes(batch: Any) -> Generator[Any, Observation | None, Finding | None]:
     finding = find_culprit(seen)
     if finding is None or finding.phase != "batch":
         return finding
-    items = [path for path, wanted in seen.batch.items() if not seen.stats(wanted).is_finite]
-    # The item that was named is looked at first, and all of them at last: each may be enough.
-    items.sort(key=lambda path: path != finding.fqn)
-    still: Finding | None = finding
-    for paths in [[path] for path in items] + [items] * (len(items) > 1):
-        repaired = _made_finite(batch, paths)
-        if repaired is None:
-            return finding
-        again = yield repaired
-        if again is None:
-            continue
-        still = find_culprit(again)
-        if still is None or (again.is_loss_finite and not seen.is_loss_finite):
-            return describe_item(seen, paths[0])
-    return still
+    stats = {path: seen.stats(wanted) for path, wanted in seen.batch.items()}
+    items = [path for path in stats if not stats[path].is_finite]
+    # Most suspicious first: the item that was named, then what is no mask of minus infinity.
+    items.sort(key=lambda path: (path != finding.fqn, not stats[path].is_bad))
+    again = yield from _repair(batch, items)
+    if again is None:
+        path = yield from _find_among_the_rest(batch, items, seen)
+    elif _is_cured(again, seen):
+        path = yield from _find_harmful(batch, items, seen)
+    else:
+        return find_culprit(again)
+    return describe_item(seen, path)
+
+
+def _repair(batch: Any, paths: list[str]) -> Generator[Any, Observation | None, Observation | None]:
+    """Have the batch computed with finite values in these items; ``None`` if it cannot be."""
+    repaired = _made_finite(batch, paths)
+    if repaired is None:
+        return None
+    return (yield repaired)
+
+
+def _is_cured(again: Observation | None, seen: Observation) -> bool:
+    return again is not None and (find_culprit(again) is None or (again.is_loss_finite and not seen.is_loss_finite))
+
+
+def _find_harmful(batch: Any, items: list[str], seen: Observation) -> Generator[Any, Observation | None, str]:
+    """Return the first item that does harm on its own, given that finite values in all of them help.
+
+    Each pass leaves half of those in question as they are. If each does harm only together with another,
+    as Inf minus Inf, it is one of those.
+    """
+    suspects = items
+    while len(suspects) > 1:
+        half = suspects[: len(suspects) // 2]
+        again = yield from _repair(batch, [path for path in items if path not in half])
+        suspects = half if again is not None and not _is_cured(again, seen) else suspects[len(half) :]
+    return suspects[0]
+
+
+def _find_among_the_rest(batch: Any, items: list[str], seen: Observation) -> Generator[Any, Observation | None, str]:
+    """Return the item to blame where one of them, unknown which, cannot be made finite."""
+    rest = items
+    for path in items[:_MAX_SINGLE_PASSES] if len(items) > 1 else ():
+        again = yield from _repair(batch, [path])
+        if _is_cured(again, seen):
+            return path
+        if again is not None:
+            rest = [other for other in rest if other != path]
+    # What is left may be what does the harm; finite values in the others did not help.
+    return (rest or items)[0]
 
 
 def _made_finite(batch: Any, paths: list[str]) -> Any:

@@ -669,7 +669,7 @@ class Gathering(Net):
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         again = batch_idx in self.seen and self.global_rank == 1
         self.seen.append(batch_idx)
-        if again and self.fails == "before":
+        if again and self.seen.count(batch_idx) == {"before": 2, "repaired": 3}.get(self.fails or ""):
             raise KeyError("again")
         loss = Net.training_step(self, batch, -1)
         gathered = self.all_gather(loss.nan_to_num(0.0), sync_grads=True)
@@ -739,6 +739,10 @@ def gathering_worker(rank: int, port: int) -> None:
     monitor = run(model := Gathering(overflows=False), bad_x=float("nan"))
     assert [(e.rank, e.batch_idx, e.phase, e.fqn) for e in monitor.events] == [(1, BAD, "batch", "x")]
     # Twice on both ranks, though one alone wants to know what a finite batch would have given.
+    assert model.seen == [0, 1, 2, 3, 2, 2, 4, 5], model.seen
+    # The finite batch fails on one rank before a collective of the other's: the first replay counts.
+    monitor = run(model := Gathering(overflows=False, fails="repaired"), bad_x=float("nan"))
+    assert [(e.rank, e.batch_idx, e.phase, e.fqn) for e in monitor.events] == [(1, BAD, "batch", "x")]
     assert model.seen == [0, 1, 2, 3, 2, 2, 4, 5], model.seen
     for fails in (None, "before", "after"):
         monitor = run(model := Gathering(fails=fails))
