@@ -3,6 +3,7 @@
 import collections
 import gc
 import random
+import time
 import weakref
 from contextlib import nullcontext
 from typing import Any
@@ -716,6 +717,42 @@ def test_value_that_cannot_be_put_back_keeps_no_other_from_it_and_the_replay_cou
     assert model[0].num_batches_tracked == 0
     assert torch.equal(torch.get_rng_state(), torch_state)
     assert random.getstate() == python_state
+
+
+TABLES = {
+    "numbers": (lambda: list(range(2_000_000)), lambda v: v.__setitem__(7, 0)),
+    "words": (lambda: {str(i): i for i in range(2_000_000)}, lambda v: v.update({"7": 0})),
+    "known": (lambda: set(range(2_000_000)), lambda v: v.discard(7)),
+}
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_preserved_copies_a_large_table_and_does_not_walk_it(name) -> None:
+    make, change = TABLES[name]
+    model = linear()
+    model.table = kept = make()
+    start = time.process_time()
+    with preserved(model):
+        change(kept)
+    # Measured 0.2 to 0.5 s; item by item it was 3.7 to 5.
+    assert time.process_time() - start < 2
+    assert kept == make()
+
+
+class Untouchable:
+    """Tells off whoever asks it for anything, also for its class."""
+
+    def __getattribute__(self, name: str) -> Any:
+        raise RuntimeError(name)
+
+
+def test_preserved_asks_objects_of_other_classes_for_nothing() -> None:
+    model = linear()
+    # Past Module.__setattr__, which asks.
+    vars(model).update(items=[Untouchable(), [1]], thing=Untouchable())
+    with preserved(model):
+        model.items[1].append(2)
+    assert model.items[1] == [1]
 
 
 def test_preserved_leaves_objects_of_other_classes_and_parameters_as_the_block_left_them() -> None:

@@ -1,10 +1,11 @@
 """Running a model once more without a trace: random numbers, buffers and attributes come back."""
 
+import operator
 import random
 import sys
 import warnings
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple
@@ -95,8 +96,8 @@ def _remember(model: nn.Module, failures: list[str]) -> Iterator[Callable[[], No
         if id(value) in seen:
             continue
         seen[id(value)] = value
-        waiting += _items_of(value)
         try:
+            waiting += _items_of(value)
             put_back = _contents_of(value)
         except Exception as error:
             failures.append(f"{type(error).__name__}: {error}")
@@ -105,13 +106,36 @@ def _remember(model: nn.Module, failures: list[str]) -> Iterator[Callable[[], No
             yield put_back
 
 
-def _items_of(value: Any) -> Iterable[Any]:
-    if isinstance(value, nn.Module):
+def _items_of(value: Any) -> list[Any]:
+    """Return what ``value`` holds, as far as that has contents to put back."""
+    cls = type(value)
+    if issubclass(cls, nn.Module):
         # A scripted module holds its buffers and children elsewhere.
-        return [*value.__dict__.values(), *value.buffers(recurse=False), *value.children()]
-    if isinstance(value, dict):
-        return list(_dict_class(value).values(value))
-    return list(value) if isinstance(value, list | tuple | set | frozenset | deque) else ()
+        return _with_contents([*value.__dict__.values(), *value.buffers(recurse=False), *value.children()])
+    if issubclass(cls, dict):
+        return _with_contents(_dict_class(value).values(value))
+    return _with_contents(value) if issubclass(cls, (list, tuple, set, frozenset, deque)) else []
+
+
+# By identity: metaclasses may compare as they like.
+_PLAIN_TYPES = frozenset(map(id, (bool, int, float, complex, str, bytes, type(None))))
+
+
+def _with_contents(items: Collection[Any]) -> list[Any]:
+    # By type, of which a table of a million numbers has one.
+    if _PLAIN_TYPES.issuperset(map(id, map(type, items))):
+        return []
+    types = dict(zip(map(id, map(type, items)), map(type, items), strict=True))
+    wanted = {key for key, cls in types.items() if issubclass(cls, _classes_with_contents())}
+    return [item for item in items if id(type(item)) in wanted] if wanted else []
+
+
+def _classes_with_contents() -> tuple[type, ...]:
+    numpy = sys.modules.get("numpy")
+    return (
+        *(Tensor, nn.Module, dict, list, tuple, set, frozenset, deque, torch.Generator, random.Random),
+        *((numpy.random.RandomState, numpy.random.Generator, numpy.ndarray) if numpy is not None else ()),
+    )
 
 
 def _contents_of(value: Any) -> Callable[[], None] | None:
@@ -136,8 +160,7 @@ def _contents_of(value: Any) -> Callable[[], None] | None:
 
 def _refill_dict(value: dict[Any, Any], kept: dict[Any, Any]) -> None:
     base = _dict_class(value)
-    now = list(base.items(value))
-    if len(now) == len(kept) and all(a is c and b is d for (a, b), (c, d) in zip(now, kept.items(), strict=True)):
+    if _are_same(base.keys(value), kept) and _are_same(base.values(value), kept.values()):
         return
     base.clear(value)
     for key, item in kept.items():
@@ -161,8 +184,8 @@ def _refill(value: Any, kept: list[Any]) -> None:
     (base.update if base is set else base.extend)(value, kept)
 
 
-def _are_same(value: Any, kept: list[Any]) -> bool:
-    return len(value) == len(kept) and all(a is b for a, b in zip(value, kept, strict=True))
+def _are_same(value: Collection[Any], kept: Collection[Any]) -> bool:
+    return len(value) == len(kept) and all(map(operator.is_, value, kept))
 
 
 def _state_of(value: Any) -> Callable[[], None] | None:
