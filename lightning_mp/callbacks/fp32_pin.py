@@ -35,8 +35,8 @@ class FP32Pin(Callback):
     calls what and in what dtype the kernels ran. The result is logged once from rank zero and kept in
     ``reports``. A function that is first reached after that batch is pinned too, under any name: code is
     read, with the globals, closures, defaults and attributes of the instance that it names, also in dicts
-    and lists. What it reaches otherwise, as through an argument or an object of yours, is not: then name
-    the module in ``modules``.
+    and lists, and that of forward hooks. What it reaches otherwise, as through an argument or an object of
+    yours, is not: then name the module in ``modules``.
 
     The functions, as torch and ``torch.nn.functional`` name them and as methods of tensors:
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules import module as _module
 from torch.nn.parameter import is_lazy
 
 from lightning_mp.errors import UnsupportedError
@@ -91,6 +92,7 @@ class Pins:
         self._modules: dict[str, nn.Module] = {}
         self._pinned: dict[str, PinnedModule] = {}
         self._pinned_steps: set[str] = set()
+        self._hooked: set[str] = set()
         self._own_steps: dict[str, Any] = {}
         self.observations: dict[str, Observation] = {}
 
@@ -111,7 +113,11 @@ class Pins:
     @property
     def callers(self) -> list[str]:
         """Names of the modules and steps in which pinned functions are looked for."""
-        found = [fqn for fqn, module in self._modules.items() if isinstance(role_of(module), WithFunctions)]
+        found = [
+            fqn
+            for fqn, module in self._modules.items()
+            if isinstance(role_of(module), WithFunctions) or fqn in self._hooked
+        ]
         return [*sorted(self._pinned_steps), *found]
 
     def report(self, step: str) -> PinReport:
@@ -161,6 +167,8 @@ class Pins:
         for fqn, child in self._modules.items():
             if role_of(child) is None and self._calls_functions(child):
                 self._adopt(fqn)
+            if holds_any(_hooks_of(child), self._function_names, self._rules):
+                self._adopt(fqn, holder=child)
         self._take_steps_(module)
 
     def undo_(self) -> None:
@@ -213,7 +221,9 @@ class Pins:
                 tensor.data = tensor.data.to(dtype)
 
     def _swap_(self, module: nn.Module, role: Role | None) -> None:
-        methods = self._step_methods(module) if module is self._root else None
+        methods = self._step_methods(module) if module is self._root else {}
+        if self._names[id(module)] in self._hooked:
+            methods["__call__"] = self._call_method(original_class(module))
         self._swaps.swap_(module, role, methods)
 
     # --- Which modules call pinned functions -----------------------------------------------------
@@ -236,14 +246,36 @@ class Pins:
         held = [attributes[name] for name in found.names if name in attributes]
         return found.is_found or any(holds_any(value, names, self._rules) for value in held)
 
-    def _adopt(self, fqn: str) -> None:
-        """Pin the functions that a module or step calls itself, from its next call on."""
+    def _adopt(self, fqn: str, holder: nn.Module | None = None) -> bool:
+        """Pin the functions that a module or step calls itself, from its next call on, with its hooks if it holds any.
+
+        Returns:
+            Whether the hooks of ``holder`` will be pinned; ``True`` without hooks.
+        """
         if fqn in self._step_names:
             self._pinned_steps.add(fqn)
-            return
+            return True
         module = self._modules[fqn]
-        if _is_swappable(module) and not isinstance(role_of(module), (InFP32, WithFunctions)):
-            self._swap_(module, WithFunctions(self._mode))
+        has_hooks = holder is not None and bool(_hooks_of(holder))
+        if not _is_swappable(module):
+            return not has_hooks
+        role = role_of(module)
+        is_new = has_hooks and holder is module and fqn not in self._hooked
+        if is_new:
+            self._hooked.add(fqn)
+        if is_new or not isinstance(role, (InFP32, WithFunctions)):
+            self._swap_(module, role if isinstance(role, InFP32) else WithFunctions(self._mode))
+        return not has_hooks or holder is module
+
+    def _call_method(self, cls: type[nn.Module]) -> Callable[..., Any]:
+        """Return the method that runs hooks and ``forward``, with functions pinned around both."""
+
+        def call_pinned(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            call = functools.partial(cls.__call__, module)
+            # A class that someone derived from ours computes as before after an undo.
+            return call(*args, **kwargs) if role_of(module) is None else call_with(self._mode, call, args, kwargs)
+
+        return call_pinned
 
     def _spare(self, seen: Observation) -> None:
         """Leave the mode in modules that are called where it is on and call no pinned function."""
@@ -319,6 +351,13 @@ def _computes_alone(module: nn.Module) -> bool:
     """Return whether a pinned module runs no code but torch's, on what it is given and what it holds."""
     cls = original_class(module)
     return cls.__module__.startswith("torch.nn.") and "forward" not in vars(module)
+
+
+def _hooks_of(module: nn.Module) -> list[Any]:
+    """Return what runs around the ``forward`` of a module when it is called, also for every module alike."""
+    theirs = (module._forward_pre_hooks, module._forward_hooks)
+    everyones = (_module._global_forward_pre_hooks, _module._global_forward_hooks)
+    return [hook for hooks in (*theirs, *everyones) for hook in hooks.values()]
 
 
 def _is_swappable(module: nn.Module) -> bool:

@@ -130,6 +130,13 @@ class _Frames:
                 last, checkpoint = name, None
             frame = frame.f_back
 
+    def hook_holder(self, frame: FrameType | None) -> nn.Module | None:
+        """Return the innermost known module around ``frame`` if it has been called and is not in its ``forward``."""
+        while frame is not None and self._name_of(frame) is None:
+            frame = frame.f_back
+        is_called = frame is not None and frame.f_code is _CALL
+        return frame.f_locals[_CALL.co_varnames[0]] if frame is not None and is_called else None
+
     def _name_of(self, frame: FrameType) -> str | None:
         code = frame.f_code
         if code is not _CALL and code.co_name != "forward":
@@ -142,7 +149,9 @@ class _Frames:
 class _WatchFunctions(FunctionPins):
     """Pin every function wherever it is called, and note who called it."""
 
-    def __init__(self, rules: FunctionRules, frames: _Frames, seen: Observation, adopt: Callable[[str], None]) -> None:
+    def __init__(
+        self, rules: FunctionRules, frames: _Frames, seen: Observation, adopt: Callable[[str, nn.Module | None], bool]
+    ) -> None:
         super().__init__(rules)
         self._frames = frames
         self._seen = seen
@@ -160,7 +169,10 @@ class _WatchFunctions(FunctionPins):
             fqn, checkpoint = owners[0]
             if checkpoint is not None:
                 raise UnsupportedError(_checkpoint_text(func.__name__, fqn))
-            self._adopt(fqn)
+            holder = self._frames.hook_holder(sys._getframe(1))
+            # The hooks of a compiled wrapper are pinned by who calls it.
+            if not self._adopt(fqn, holder) and len(owners) > 1:
+                self._adopt(owners[1][0], None)
             self._seen.calls[PinnedCall(fqn, func.__name__, _wide_dtype(args, kwargs or {}))] += 1
         return super().__torch_function__(func, types, args, kwargs)
 
@@ -230,7 +242,7 @@ def watch_batch(
     names: Mapping[int, str],
     pinned: frozenset[str],
     step: tuple[CodeType, str] | None,
-    adopt: Callable[[str], None],
+    adopt: Callable[[str, nn.Module | None], bool],
 ) -> Iterator[Observation]:
     """Pin every function of ``rules`` in this block and note what runs.
 
@@ -242,7 +254,8 @@ def watch_batch(
         names: Identity of each module of the model to its full dotted name.
         pinned: Names of the modules whose every kernel should be FP32.
         step: Code and name of a method that is no ``forward`` and counts like one.
-        adopt: Called with the name of a module the moment it calls a pinned function.
+        adopt: Called with the name of a module the moment it calls a pinned function, and with the module whose
+            hook may have done so. Tells whether that will be pinned; else the module around it is adopted.
 
     Raises:
         UnsupportedError: If a bare function under activation checkpointing calls a pinned one.

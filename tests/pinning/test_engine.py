@@ -800,3 +800,111 @@ def test_lazy_module_is_pinned_through_its_first_forward_and_becomes_what_it_wou
     if not runs:
         assert type(model(x.float())) is torch.Tensor
         assert type(model[0]) is becomes
+
+
+# --- Hooks ---------------------------------------------------------------------------------------
+
+
+def weigh_output(seen, weigh):
+    def hook(module, args, output):
+        weights = weigh(output, -1)
+        seen.append(weights.dtype)
+        return weights.to(output.dtype)
+
+    return hook
+
+
+def weigh_input(seen, weigh):
+    def hook(module, args):
+        weights = weigh(args[0].bfloat16(), -1)
+        seen.append(weights.dtype)
+        return (weights.to(args[0].dtype),)
+
+    return hook
+
+
+# By name, which code shows, and as the value of a table, which only the first batch shows.
+WEIGHS = {"read": lambda x, dim: torch.softmax(x, dim), "seen": {"soft": [torch.softmax]}["soft"][0].__call__}
+
+
+@pytest.mark.parametrize("place", ["linear", "norm", "caller", "root"])
+@pytest.mark.parametrize("weigh", WEIGHS)
+@pytest.mark.parametrize("before", [True, False])
+def test_functions_that_a_hook_calls_are_pinned_in_every_batch(place, weigh, before):
+    class Root(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear, self.norm, self.caller = nn.Linear(4, 4), nn.LayerNorm(4), Caller()
+
+        def forward(self, x):
+            return self.caller(self.norm(self.linear(x)))
+
+        def training_step(self, x):
+            return self(x)
+
+    class Caller(nn.Module):
+        def forward(self, x):
+            return x.softmax(-1)
+
+    root, seen = Root(), []
+    target = root if place == "root" else getattr(root, place)
+    if before:
+        target.register_forward_pre_hook(weigh_input(seen, WEIGHS[weigh]))
+    else:
+        target.register_forward_hook(weigh_output(seen, WEIGHS[weigh]))
+    cls, pins = type(target), Pins(PinSpec(), steps=["training_step"])
+    pins.apply_(root)
+    for _ in range(3):
+        with BF16():
+            root.training_step(torch.randn(2, 4))
+    assert seen == [torch.float32] * 3
+    assert (place if place != "root" else "") in pins.report("training_step").callers
+    assert not torch.overrides._get_current_function_mode_stack()
+    pins.undo_()
+    assert type(target) is cls
+
+
+def test_hook_that_calls_a_pinned_function_only_later_is_pinned():
+    model, seen = nn.Sequential(nn.Linear(4, 4)), []
+
+    def hook(module, args, output):
+        if module.is_late:
+            seen.append(output.softmax(-1).dtype)
+
+    model[0].register_forward_hook(hook)
+    pins = applied(model)
+    for model[0].is_late in (False, True, True):
+        with BF16():
+            model(torch.randn(2, 4))
+    assert seen == [torch.float32] * 2
+    pins.undo_()
+
+
+@pytest.mark.usefixtures("_fresh_dynamo")
+@pytest.mark.parametrize("how", ["module", "wrapper", "method", "all"])
+def test_functions_that_a_hook_of_a_compiled_module_calls_are_pinned_in_every_batch(how):
+    class Root(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(4, 4)
+            inner = self.linear
+            if how in ("module", "wrapper"):
+                self.linear = torch.compile(self.linear, backend="eager")
+            holder = self.linear if how == "wrapper" else inner
+            holder.register_forward_hook(lambda module, args, output: output.softmax(-1))
+            if how == "method":
+                self.linear.compile(backend="eager")
+
+        def forward(self, x):
+            return self.linear(x)
+
+    model = Root()
+    pins = applied(model)
+    with torch.no_grad(), BF16(), pins.watch():
+        model(torch.randn(2, 4))
+    call = torch.compile(model, backend="eager", fullgraph=True) if how == "all" else model
+    with torch.no_grad(), BF16():
+        assert [call(torch.randn(2, 4)).dtype for _ in range(2)] == [torch.float32] * 2
+    pins.undo_()
+    with torch.no_grad(), BF16():
+        assert call(torch.randn(2, 4)).softmax(-1).dtype is torch.bfloat16
