@@ -291,6 +291,49 @@ def test_later_culprit_is_named_after_a_gate_made_an_earlier_one_finite() -> Non
     assert where(look(model[:3], step=lambda b: torch.log(model[:3](b).sum() * 0))) == ("loss", "loss", "inf")
 
 
+def as_statistic(h: Tensor, blow: nn.Module) -> None:
+    with torch.no_grad():
+        blow(h)
+
+
+ASIDE = {
+    "statistic": as_statistic,
+    "detached": lambda h, blow: blow(h.detach()),
+    "unused": lambda h, blow: blow(h),
+}
+
+
+@pytest.mark.parametrize("aside", ASIDE)
+def test_infinity_that_never_reaches_the_loss_hides_no_later_culprit(aside) -> None:
+    class Aside(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.blow, self.bad = linear(), overflowing(), Call(lambda x: x / 0)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.stem(x)
+            ASIDE[aside](h, self.blow)
+            return self.bad(h)
+
+    assert where(look(Aside()))[:2] == ("forward", "bad")
+
+
+def test_frozen_part_without_a_graph_is_named_if_its_values_do_the_harm() -> None:
+    class Frozen(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.encoder, self.head = nn.Sequential(linear(), overflowing()), linear()
+
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.no_grad():
+                h = self.encoder(x)
+            return self.head(h)
+
+    assert where(look(Frozen())) == ("forward", "encoder.1", "inf")
+    model = Frozen()
+    assert where(look(model, step=lambda b: Frozen.forward(model, b).sum())) == ("forward", "encoder.1", "inf")
+
+
 @pytest.mark.parametrize("value", [INF, NAN])
 def test_batch_is_named_by_the_path_of_its_item(value) -> None:
     model = linear()

@@ -10,6 +10,7 @@ elsewhere too, as in ``x * sigmoid(x)``: the autograd graph tells.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from torch import Tensor, nn
@@ -123,6 +124,13 @@ class _Forward:
     masks: list[ModuleCall] = field(default_factory=list)
     lost: list[_Suspect] = field(default_factory=list)
     absorbers: list[ModuleCall] = field(default_factory=list)
+    apart: list[_Suspect] = field(default_factory=list)
+    """Those of whose values the graph knows no way to the loss: named if no other is found."""
+
+    @cached_property
+    def before_loss(self) -> set[Any]:
+        """The nodes that the loss was computed from."""
+        return _nodes_before(self.seen.loss_nodes, without=set())
 
     def add(self, call: ModuleCall) -> None:
         entered, left = self.seen.stats(call.inputs), self.seen.stats(call.outputs)
@@ -146,10 +154,21 @@ class _Forward:
             if not any(mask.is_inside(call) for mask in self.masks):
                 self.masks.append(call)
         elif left.is_bad and not entered.is_finite and not _takes_masks(call):
-            self.culprit = _Suspect(call, self.masks[-1] if self.masks else None)
+            self._accuse(_Suspect(call, self.masks[-1] if self.masks else None))
         elif left.is_bad or entered.is_finite:
             inside = [suspect for suspect in self.lost if suspect.call.is_inside(call)]
-            self.culprit = self.find_used(inside, call.output_nodes) or _Suspect(call, call)
+            self._accuse(self.find_used(inside, call.output_nodes) or _Suspect(call, call))
+
+    def _accuse(self, suspect: _Suspect) -> None:
+        """Take the suspect for the culprit unless it may be a statistic, a detached value or an unused head.
+
+        A frozen part of the model has no graph either. It is named by a call around it whose values have, and if
+        nobody else made anything non-finite.
+        """
+        if self.before_loss.isdisjoint(suspect.call.output_nodes):
+            self.apart.append(suspect)
+        else:
+            self.culprit = next((each for each in self.apart if each.call.is_inside(suspect.call)), suspect)
 
     def find_used(self, suspects: Sequence[_Suspect], nodes: Sequence[Any]) -> _Suspect | None:
         """Return the first whose values came to ``nodes`` of the graph without what made them finite."""
@@ -172,7 +191,7 @@ def _nodes_before(nodes: Sequence[Any], *, without: set[Any]) -> set[Any]:
 
 def _find_in_forward(found: _Forward) -> Finding | None:
     seen = found.seen
-    culprit = found.culprit or found.find_used(found.lost, seen.loss_nodes)
+    culprit = found.culprit or found.find_used(found.lost, seen.loss_nodes) or next(iter(found.apart), None)
     if culprit is not None:
         return _describe_handed(seen, culprit.call) if culprit.maker is None else _describe_forward(seen, culprit.maker)
     items = {path: seen.stats(wanted) for path, wanted in seen.batch.items()}
