@@ -944,3 +944,27 @@ def test_replay_keeps_no_activation_alive() -> None:
     assert where(look(model)) == ("forward", "3", "inf")
     gc.collect()
     assert [reference() for reference in kept] == [None]
+
+
+class Causal(nn.Module):
+    """A mask, made by a module and used up by the softmax of the model's own code."""
+
+    def forward(self, size: int) -> Tensor:
+        return torch.full((size, size), -INF).triu(1)
+
+
+class MasksAndLogs(nn.Module):
+    """Its own code takes the logarithm of zero, after a mask that does no harm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.mask, self.out = linear(), Causal(), linear()
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.query(x)
+        hidden = torch.softmax(hidden @ hidden.T + self.mask(len(x)), -1) @ hidden
+        return self.out(torch.log(hidden.relu() * 0))
+
+
+def test_mask_that_was_used_up_is_not_blamed_for_minus_infinity_of_the_models_own_code() -> None:
+    assert where(look(MasksAndLogs(), torch.randn(3, 4))) == ("forward", "MasksAndLogs", "inf")

@@ -154,10 +154,20 @@ class _Forward:
             if not any(mask.is_inside(call) for mask in self.masks):
                 self.masks.append(call)
         elif left.is_bad and not entered.is_finite and not _takes_masks(call):
-            self._accuse(_Suspect(call, self.masks[-1] if self.masks else None))
+            self._accuse(_Suspect(call, self._find_mask(call, entered)))
         elif left.is_bad or entered.is_finite:
             inside = [suspect for suspect in self.lost if suspect.call.is_inside(call)]
             self._accuse(self.find_used(inside, call.output_nodes) or _Suspect(call, call))
+
+    def _find_mask(self, call: ModuleCall, entered: TensorStats) -> ModuleCall | None:
+        """Return the module whose minus infinity came to this call: by the graph, or by its count where it has none."""
+        reached = _nodes_before(call.output_nodes, without=set()) if self.masks else set()
+        for mask in reversed(self.masks):
+            if not reached.isdisjoint(mask.output_nodes):
+                return mask
+            if not mask.output_nodes and self.seen.stats(mask.outputs).count == entered.count:
+                return mask
+        return None
 
     def _accuse(self, suspect: _Suspect) -> None:
         """Take the suspect for the culprit unless it may be a statistic, a detached value or an unused head.
