@@ -1,5 +1,6 @@
 """What every test shares: seeds, skips by name, and a guard against leaked global state."""
 
+import gc
 import logging
 import os
 
@@ -12,6 +13,7 @@ from functools import cache
 
 import pytest
 import torch
+from torch.optim import optimizer as optimizer_hooks
 from torch.overrides import _get_current_function_mode_stack
 
 from lightning_mp.precision import notices
@@ -102,6 +104,7 @@ def _global_state() -> dict[str, object]:
         "autocast dtype on cuda": torch.get_autocast_dtype("cuda"),
         "autocast cache": torch.is_autocast_cache_enabled(),
         "function modes": tuple(_get_current_function_mode_stack()),
+        "hooks of all optimizers": tuple(optimizer_hooks._global_optimizer_pre_hooks),
     }
 
 
@@ -119,6 +122,8 @@ def _put_back(state: dict[str, object]) -> None:
 def _global_state_is_restored() -> Iterator[None]:
     before = _global_state()
     yield
+    if _global_state() != before:
+        gc.collect()  # what belongs to an object goes with it
     after = _global_state()
     leaked = {name: (before[name], after[name]) for name in before if before[name] != after[name]}
     _put_back(before)

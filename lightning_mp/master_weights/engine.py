@@ -164,6 +164,7 @@ class MasterWeights:
             engine = weakref.ref(self)
             guard = StrangerGuard(lambda optimizer: (alive := engine()) is not None and alive._is_stranger(optimizer))
             self._guard = guard.install()
+            weakref.finalize(self, self._guard.remove)
             self._watch = WriteWatch(self._names, self._updated_params, self.tell)
 
     def adopt(self, optimizer: Optimizer) -> None:

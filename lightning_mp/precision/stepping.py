@@ -217,7 +217,8 @@ class OptimizerStepper:
             return kwargs if self.scaler is not None else {**kwargs, "closure": do_nothing_closure}
         steps = self._seen_optimizers[id(optimizer)] = self._seen_optimizers.get(id(optimizer), 0) + 1
         closure = EvaluatedClosure(result, optimizer, is_new=steps <= NEW_STEPS)
-        if getattr(optimizer, "_optimizer_step_pre_hooks", None) or torch_hooks._global_optimizer_pre_hooks:
+        own_hooks = getattr(optimizer, "_optimizer_step_pre_hooks", None)  # a wrapper may have none, and takes none
+        if own_hooks is not None and (own_hooks or torch_hooks._global_optimizer_pre_hooks):
             # What step hooks do to gradients is theirs to do. This one runs last.
             self._last_hook = optimizer.register_step_pre_hook(lambda *_: closure.look())
         return {**kwargs, "closure": closure}

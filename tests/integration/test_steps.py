@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 from torch.optim import lr_scheduler
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from lightning_mp import DynamicLossScale, LossScaleError, MixedPrecision, OverflowFoundError, UnsupportedError
 from lightning_mp.grad_scaler import Readback
@@ -707,7 +708,10 @@ class Lookahead(torch.optim.Optimizer):
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-def test_optimizer_that_wraps_another_trains_as_the_other(precision):
+@pytest.mark.parametrize("hooked", [False, True])
+def test_optimizer_that_wraps_another_trains_as_the_other(precision, hooked, request):
+    if hooked:
+        request.addfinalizer(register_optimizer_step_pre_hook(lambda *_: None).remove)
     scale = 64.0 if precision == "fp16" else None
     ours, torchs = Regression(optimizer=Lookahead, factors=BAD), Regression(optimizer=torch.optim.Adam, factors=BAD)
     run = trainer(MixedPrecision(precision, loss_scale=scale))
