@@ -16,18 +16,17 @@ class BackwardWatch:
 
     Args:
         parameters: Whose gradients to watch, by a hook on each that needs one.
+
+    Attributes:
+        is_on: Whether there are any.
     """
 
     def __init__(self, parameters: Iterable[Parameter] = ()) -> None:
         self._is_announced = False
         self._stray: dict[int, tuple[Tensor, Tensor | None]] = {}
         watched: list[Any] = [p for p in parameters if p.requires_grad and p.is_leaf]
+        self.is_on = bool(watched)
         self._handles = [p.register_post_accumulate_grad_hook(self._note) for p in watched]
-
-    @property
-    def is_on(self) -> bool:
-        """Whether anything is watched."""
-        return bool(self._handles)
 
     @contextmanager
     def announced(self) -> Iterator[None]:
@@ -65,6 +64,7 @@ class BackwardWatch:
 
     def remove(self) -> None:
         """Take the hooks off."""
+        self.is_on = False
         while self._handles:
             self._handles.pop().remove()
         self._stray.clear()

@@ -348,7 +348,8 @@ class MixedPrecision(StepRegions, FSDPPrecision):  # type: ignore[misc]  # Light
         return None if module is None else first_nonfinite_parameter(module, attempt)
 
     def _release_schedulers(self, attempt: Attempt) -> None:
-        take_back(attempt)
+        if attempt.scheduler_requests:
+            take_back(attempt)
         for hold in self._holds:
             hold.settled(attempt)
 
@@ -361,6 +362,7 @@ class MixedPrecision(StepRegions, FSDPPrecision):  # type: ignore[misc]  # Light
         self._held_states = [hold.state() for hold in self._holds]
         self._handles, self._holds, self._model = [], [], None
         self._stepper.backward_watch.remove()
+        self._stepper.release_hook()
         self._ledger.latest.clear()
         self._stepper = OptimizerStepper(self.scaler, self._ledger, on_nonfinite=self.policy.on_nonfinite)
         self._region = None
@@ -403,7 +405,10 @@ class MixedPrecision(StepRegions, FSDPPrecision):  # type: ignore[misc]  # Light
         self, tensor: Tensor, model: LightningModule, optimizer: Any, *args: Any, **kwargs: Any
     ) -> None:
         watch = self._stepper.backward_watch
-        with watch.announced() if watch.is_on else nullcontext():
+        if not watch.is_on:
+            model.backward(tensor, *args, **kwargs)
+            return
+        with watch.announced():
             model.backward(tensor, *args, **kwargs)
 
     def post_backward(self, tensor: Tensor, module: LightningModule) -> Tensor:  # type: ignore[override]
@@ -424,6 +429,7 @@ class MixedPrecision(StepRegions, FSDPPrecision):  # type: ignore[misc]  # Light
         if self._masters is not None:
             self._masters.adopt(optimizer)  # one made in mid-fit; others are known
         result = self._stepper.step(optimizer, closure, lambda o: self._after_closure(model, o), kwargs)
+        self._stepper.is_stepping = False
         if self._fp8 is not None:
             self._fp8.on_optimizer_step()
         return result

@@ -120,23 +120,10 @@ class OptimizerStepper:
         Returns:
             What ``optimizer.step`` returns; ``None`` for a step that the host skipped.
         """
-        self.is_stepping = True
+        self.is_stepping = True  # until the caller has its result
         self._has_no_closure = closure is do_nothing_closure
-        try:
-            return self._step(optimizer, closure, after_closure, kwargs)
-        finally:
-            self.is_stepping = False
-            if self._last_hook is not None:
-                self._last_hook.remove()
-                self._last_hook = None
-
-    def _step(
-        self,
-        optimizer: Optimizer,
-        closure: Callable[[], Any],
-        after_closure: Callable[[Optimizer], None],
-        kwargs: dict[str, Any],
-    ) -> Any:
+        if self._last_hook is not None:
+            self.release_hook()
         if is_closure_repeating(optimizer):
             return step_with_repeats(self.ledger, self.unscaler, optimizer, closure, after_closure, kwargs)
         result = closure()
@@ -153,6 +140,12 @@ class OptimizerStepper:
         finally:
             self._finish(attempt, attempt.found_inf)
 
+    def release_hook(self) -> None:
+        """Take off the hook that came last in the latest step, if there was one."""
+        if self._last_hook is not None:
+            self._last_hook.remove()
+            self._last_hook = None
+
     def _guarded_step(
         self,
         attempt: Attempt,
@@ -162,7 +155,7 @@ class OptimizerStepper:
         kwargs: dict[str, Any],
     ) -> Any:
         optimizer = attempt.optimizer
-        attempt.loss = self._agreed_loss(found_inf)
+        attempt.loss = self._loss if not self._is_distributed else self._agreed_loss(found_inf)
         if self.scaler is not None:
             attempt.loss_scale = self.scaler.scale_tensor(found_inf.device).clone()
         if self.ledger.wants_culprit:
@@ -200,7 +193,7 @@ class OptimizerStepper:
         """
         loss = self._loss
         decides = self._on_nonfinite != "skip" and self.scaler is not None and self.scaler.is_dynamic
-        if loss is None or not (self._is_distributed and decides):
+        if loss is None or not decides:
             return loss
         flag = any_rank_(1 - loss.isfinite().to(found_inf.device, torch.float32))
         return torch.where(flag != 0, torch.nan, loss.to(found_inf.device))
@@ -226,7 +219,8 @@ class OptimizerStepper:
     def _finish(self, attempt: Attempt, found_inf: Tensor) -> None:
         self._attempt = None
         self._is_loss_stale = True
-        self.backward_watch.forget(attempt.optimizer)
+        if self._is_manual:
+            self.backward_watch.forget(attempt.optimizer)
         if self.gradients is not None:
             self.gradients.forget_all()
         self.unscaler.finish(attempt.optimizer)
