@@ -70,7 +70,7 @@ def restore_ledger(ledger: StepLedger, state: Mapping[str, Any]) -> list[list[in
     extras = state.get(_EXTRAS, {})
     for name in _COUNTS:
         setattr(ledger, name, int(extras.get(name, 0)))
-    ledger.last_step = None
+    ledger.keep_last(None)
     return [[int(n) for n in held] for held in extras.get("held_schedulers", [])]
 
 

@@ -308,7 +308,6 @@ class MixedPrecision(StepRegions, FSDPPrecision):  # type: ignore[misc]  # Light
             attach_masters(self._masters, model, optimizers, trainer=trainer, policy=self.policy)
             self._stepper.gradients = self._masters.gradients
         self._region = None
-        self._ledger.on_settled = self._release_schedulers
         self._ledger.name_parameter = self._name_first_nonfinite
         # A wrapper that never called Optimizer.__init__ takes no hooks; it cannot skip on the device either,
         # so that nothing is pending when its state is read.
@@ -325,6 +324,7 @@ class MixedPrecision(StepRegions, FSDPPrecision):  # type: ignore[misc]  # Light
                 settles_now=self._is_log_step,
                 accumulate=trainer.accumulate_grad_batches if trainer is not None else 1,
             )
+        self._ledger.on_settled = self._release_schedulers if self._holds else _ignore
         reduce_dtype = self.policy.reduce_torch_dtype
         if (
             self._masters is None
@@ -364,6 +364,7 @@ class MixedPrecision(StepRegions, FSDPPrecision):  # type: ignore[misc]  # Light
         self._stepper.backward_watch.remove()
         self._stepper.release_hook()
         self._ledger.latest.clear()
+        self._ledger.keep_last(self._ledger.last_step)
         self._stepper = OptimizerStepper(self.scaler, self._ledger, on_nonfinite=self.policy.on_nonfinite)
         self._region = None
 
@@ -532,6 +533,10 @@ class MixedPrecision(StepRegions, FSDPPrecision):  # type: ignore[misc]  # Light
 
 def _no_module() -> None:
     """Stand in for a reference to a module where there is none."""
+
+
+def _ignore(attempt: Attempt) -> None:
+    """Stand in where nothing waits for an attempt."""
 
 
 def _unwrap(optimizer: Any) -> Optimizer:

@@ -39,7 +39,7 @@ def step_with_repeats(
         attempt.found_inf = unscaler.unscale_(optimizer)
         unscaler.finish(optimizer)
         after_closure(optimizer)
-        attempt.report = None
+        attempt.outcome = attempt.numbers = None
         if attempt.found_inf is not None and ledger.read(attempt).skipped:
             raise _NonFiniteClosure
         return result

@@ -51,11 +51,24 @@ class Attempt:
     grad_norm: Tensor | None = None
     amaxes: tuple[list[Parameter], Tensor] | None = None
     readback: Readback | None = None
-    report: StepReport | None = None
+    numbers: list[float] | None = None
+    outcome: StepReport | None = None
     scheduler_requests: list[tuple[Any, Callable[[], None], Any]] = field(default_factory=list)
     claimed_by: set[int] = field(default_factory=set)
     batch: int = 0
     is_counted: bool = False
+
+    @property
+    def report(self) -> StepReport | None:
+        """The outcome once it is known. Of a step that was applied it is made when somebody asks."""
+        if self.outcome is None and self.numbers is not None:
+            numbers = iter(self.numbers[1:])
+            loss_scale = next(numbers) if self.loss_scale is not None else 1.0
+            if self.loss is not None:
+                next(numbers)
+            norm = next(numbers) if self.grad_norm is not None else None
+            self.outcome = StepReport(self.step, loss_scale, False, False, norm, False)
+        return self.outcome
 
     def tensors(self) -> list[Tensor]:
         """Return found_inf, then what is known of scale, loss and norm, as 0-dim FP32 tensors of one device."""
@@ -82,7 +95,7 @@ class StepLedger:
         self.skipped_steps = 0
         self.consecutive_skips = 0
         self.floor_overflows = 0
-        self.last_step: StepReport | None = None
+        self._last: Attempt | StepReport | None = None
         self.pending: Attempt | None = None
         self.latest: dict[int, Attempt] = {}
         self.listeners: list[Callable[[StepReport], str | None]] = []
@@ -108,7 +121,16 @@ class StepLedger:
         self.attempts = step
         if step == 0:
             self.applied_steps = self.skipped_steps = self.consecutive_skips = self.floor_overflows = 0
-            self.last_step = None
+            self._last = None
+
+    @property
+    def last_step(self) -> StepReport | None:
+        """The outcome of the attempt that was counted last."""
+        return self._last.report if isinstance(self._last, Attempt) else self._last
+
+    def keep_last(self, report: StepReport | None) -> None:
+        """Have this for the last step, whatever was counted: a report holds no optimizer."""
+        self._last = report
 
     def open(self, optimizer: Any) -> Attempt:
         """Begin the next attempt."""
@@ -119,29 +141,44 @@ class StepLedger:
 
     def read(self, attempt: Attempt) -> StepReport:
         """Return the outcome of an attempt, waiting for the device if needed."""
-        if attempt.report is None:
-            readback = attempt.readback
-            numbers = iter(readback.wait() if readback is not None else Readback.read_all(attempt.tensors()))
-            found_inf = next(numbers) != 0
-            loss_scale = next(numbers) if attempt.loss_scale is not None else 1.0
-            loss = next(numbers) if attempt.loss is not None else 0.0
-            norm = next(numbers) if attempt.grad_norm is not None else None
-            loss_nonfinite = found_inf and not abs(loss) < float("inf")
-            skipped = found_inf and self.decides_skip(found_inf=found_inf, loss_nonfinite=loss_nonfinite)
-            attempt.report = StepReport(attempt.step, loss_scale, found_inf, skipped, norm, loss_nonfinite)
-        return attempt.report
+        report = attempt.report
+        if report is None:
+            self._wait(attempt)
+            report = attempt.report
+        return report  # type: ignore[return-value]
+
+    def _wait(self, attempt: Attempt) -> bool:
+        """Wait for the numbers of an attempt; return whether its gradients were non-finite."""
+        readback = attempt.readback
+        numbers = readback.wait() if readback is not None else Readback.read_all(attempt.tensors())
+        if numbers[0] == 0:
+            attempt.numbers = numbers
+            return False
+        rest = iter(numbers[1:])
+        loss_scale = next(rest) if attempt.loss_scale is not None else 1.0
+        loss = next(rest) if attempt.loss is not None else 0.0
+        norm = next(rest) if attempt.grad_norm is not None else None
+        loss_nonfinite = not abs(loss) < float("inf")
+        skipped = self.decides_skip(found_inf=True, loss_nonfinite=loss_nonfinite)
+        attempt.outcome = StepReport(attempt.step, loss_scale, True, skipped, norm, loss_nonfinite)
+        return True
 
     def settle(self) -> None:
         """Settle the pending attempt, if there is one."""
         attempt, self.pending = self.pending, None
-        if attempt is not None:
-            is_new = not attempt.is_counted
-            try:
-                self.account(attempt)
-            finally:
-                # Also where the run ends here: a checkpoint written on the way out holds what was applied.
-                if is_new:
-                    self.on_settled(attempt)
+        if attempt is None:
+            return
+        is_new = not attempt.is_counted
+        if is_new and not self.listeners and attempt.outcome is None and not self._wait(attempt):
+            self._count_applied(attempt)
+            self.on_settled(attempt)
+            return
+        try:
+            self.account(attempt)
+        finally:
+            # Also where the run ends here: a checkpoint written on the way out holds what was applied.
+            if is_new:
+                self.on_settled(attempt)
 
     def settle_for_reading(self) -> None:
         """Count the pending attempt because somebody reads a count, perhaps on one rank alone.
@@ -170,15 +207,24 @@ class StepLedger:
             self._stop_if_asked(attempt, report, next((c for c in culprits if c), None))
         return report
 
+    def _count_applied(self, attempt: Attempt) -> None:
+        attempt.is_counted = True
+        self._last = attempt
+        self.applied_steps += 1
+        self.consecutive_skips = self.floor_overflows = 0
+
     def _count(self, attempt: Attempt) -> StepReport:
         report = self.read(attempt)
+        if not report.found_inf:
+            self._count_applied(attempt)
+            return report
         attempt.is_counted = True
-        self.last_step = report
+        self._last = attempt
         self.applied_steps += not report.skipped
         self.skipped_steps += report.skipped
         self.consecutive_skips = self.consecutive_skips + 1 if report.skipped else 0
         if isinstance(self.rule, DynamicLossScale):
-            at_floor = report.found_inf and report.loss_scale <= self.rule.min_scale
+            at_floor = report.loss_scale <= self.rule.min_scale
             self.floor_overflows = self.floor_overflows + 1 if at_floor else 0
         return report
 
