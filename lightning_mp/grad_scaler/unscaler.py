@@ -99,7 +99,15 @@ class GradientUnscaler:
             fresh, known = self._mark_fresh(optimizer)
         else:
             found = [p.grad for group in optimizer.param_groups for p in group["params"]]
-            fresh, known = [_values(grad) for grad in found if grad is not None], []
+            # Most are what _values would return: asked here, because the call costs more than the question.
+            fresh = [
+                grad
+                if type(grad) is Tensor and grad.dtype is torch.float32 and grad.layout is torch.strided
+                else _values(grad)
+                for grad in found
+                if grad is not None
+            ]
+            known = []
         if not fresh and not known:
             return None
         found_inf = self._new_zero((fresh or known)[0].device)

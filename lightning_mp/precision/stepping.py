@@ -165,7 +165,7 @@ class OptimizerStepper:
         self._attempt = None
         skip_flag = self._skip_flag(found_inf, attempt.loss)
         if skip_flag is not None and not supports_skip_on_device(optimizer):
-            skipped = self.ledger.account(attempt).skipped
+            skipped = not self.ledger.count_if_applied(attempt) and self.ledger.account(attempt).skipped
             output = None if skipped else self._apply(optimizer, result, kwargs)
             self.ledger.on_settled(attempt)
             return output

@@ -169,8 +169,7 @@ class StepLedger:
         if attempt is None:
             return
         is_new = not attempt.is_counted
-        if is_new and not self.listeners and attempt.outcome is None and not self._wait(attempt):
-            self._count_applied(attempt)
+        if is_new and self.count_if_applied(attempt):
             self.on_settled(attempt)
             return
         try:
@@ -179,6 +178,13 @@ class StepLedger:
             # Also where the run ends here: a checkpoint written on the way out holds what was applied.
             if is_new:
                 self.on_settled(attempt)
+
+    def count_if_applied(self, attempt: Attempt) -> bool:
+        """Count an attempt with finite gradients, if nobody listens; else do nothing and return False."""
+        if self.listeners or attempt.outcome is not None or self._wait(attempt):
+            return False
+        self._count_applied(attempt)
+        return True
 
     def settle_for_reading(self) -> None:
         """Count the pending attempt because somebody reads a count, perhaps on one rank alone.
