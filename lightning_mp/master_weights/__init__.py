@@ -7,6 +7,15 @@ per-parameter state.
 from lightning_mp.master_weights.engine import MasterMode, MasterWeights
 from lightning_mp.master_weights.gradients import Gradients, total_grad_norm
 from lightning_mp.master_weights.plan import params_to_cast
+from lightning_mp.master_weights.strangers import has_step_hooks
 from lightning_mp.master_weights.targets import frozen_twins
 
-__all__ = ["Gradients", "MasterMode", "MasterWeights", "frozen_twins", "params_to_cast", "total_grad_norm"]
+__all__ = [
+    "Gradients",
+    "MasterMode",
+    "MasterWeights",
+    "frozen_twins",
+    "has_step_hooks",
+    "params_to_cast",
+    "total_grad_norm",
+]

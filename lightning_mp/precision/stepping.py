@@ -7,7 +7,6 @@ import torch
 from lightning.pytorch.core.optimizer import do_nothing_closure
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim import optimizer as torch_hooks
 from torch.utils.hooks import RemovableHandle
 
 from lightning_mp.casting import clear_cast_weights
@@ -22,7 +21,7 @@ from lightning_mp.grad_scaler import (
     step_unless,
     supports_skip_on_device,
 )
-from lightning_mp.master_weights import Gradients
+from lightning_mp.master_weights import Gradients, has_step_hooks
 from lightning_mp.precision.checks import ignores_closure, is_closure_repeating, takes_closure
 from lightning_mp.precision.ranks import any_rank_
 from lightning_mp.precision.repeats import step_with_repeats
@@ -210,8 +209,8 @@ class OptimizerStepper:
             return kwargs if self.scaler is not None else {**kwargs, "closure": do_nothing_closure}
         steps = self._seen_optimizers[id(optimizer)] = self._seen_optimizers.get(id(optimizer), 0) + 1
         closure = EvaluatedClosure(result, optimizer, is_new=steps <= NEW_STEPS)
-        own_hooks = getattr(optimizer, "_optimizer_step_pre_hooks", None)  # a wrapper may have none, and takes none
-        if own_hooks is not None and (own_hooks or torch_hooks._global_optimizer_pre_hooks):
+        # A wrapper may take no hooks. None is added without need, because masters make gradients FP32 for hooks.
+        if hasattr(optimizer, "_optimizer_step_pre_hooks") and has_step_hooks(optimizer):
             # What step hooks do to gradients is theirs to do. This one runs last.
             self._last_hook = optimizer.register_step_pre_hook(lambda *_: closure.look())
         return {**kwargs, "closure": closure}

@@ -8,8 +8,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from lightning_mp import MixedPrecision
 from tests.mastered import MASTERS, Net, fit
-from tests.models import weights
+from tests.models import Regression, batches, trainer, weights
 
 
 def replace(optimizer: torch.optim.Optimizer, *_: Any) -> None:
@@ -83,3 +84,27 @@ def test_none_clips_too() -> None:
     assert runs[0] > 1.0
     # The steps of BF16 weights near 0.3 are 2**-9 wide: 600 roundings of half of that are 0.02.
     assert runs[1] < 0.13
+
+
+class OwnSGD(torch.optim.Optimizer):
+    """An optimizer from outside torch, which gets a closure."""
+
+    def __init__(self, params, lr=0.1):
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for param in self.param_groups[0]["params"]:
+            param.sub_(param.grad, alpha=self.param_groups[0]["lr"])
+
+
+@pytest.mark.parametrize("mode", ["copy", "split"])
+@pytest.mark.parametrize("optimizer", [OwnSGD, torch.optim.SGD])
+def test_gradients_of_one_backward_stay_in_sixteen_bits_whoever_wrote_the_optimizer(mode, optimizer):
+    class Model(Regression):
+        def on_train_batch_end(self, *args):
+            self.dtypes = {param.grad.dtype for param in self.parameters()}
+
+    model = Model(optimizer=optimizer)
+    trainer(MixedPrecision("bf16", master_weights=mode)).fit(model, batches(2))
+    assert model.dtypes == {torch.bfloat16}
