@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lightning_mp.errors import UnsupportedError
+from lightning_mp.master_weights.load_check import OwnHook, check_load, fits
 from lightning_mp.master_weights.masters import Master, NoMaster, cast_param_
 
 __all__ = ["install_hooks", "install_own_hooks"]
@@ -53,7 +54,7 @@ def install_own_hooks(module: nn.Module, masters: Mapping[nn.Parameter, Master])
     ]
 
 
-class _ModuleHooks:
+class _ModuleHooks(OwnHook):
     """The hooks of one module, over the parameters that it owns itself."""
 
     def __init__(self, module: nn.Module | None, masters: Mapping[nn.Parameter, Master]) -> None:
@@ -79,7 +80,7 @@ class _ModuleHooks:
         for name, master in self._owned():
             value = state_dict.get(prefix + name)
             # What torch does not take is left to it, and to its message.
-            if isinstance(value, Tensor) and _fits(value, master.param):
+            if isinstance(value, Tensor) and fits(value, master.param):
                 master.assign(value.view(master.param.shape))
                 # torch copies this next; the checkpoint's own value would round ties to even.
                 state_dict[prefix + name] = master.param.detach()
@@ -96,7 +97,7 @@ class _ModuleHooks:
         return [(name, masters[param]) for name, param in params if param in masters]
 
 
-class _Checker:
+class _Checker(OwnHook):
     """Refuse a checkpoint before anything of it is loaded: into the root, or into a module below it alone."""
 
     def __init__(self, masters: Mapping[nn.Parameter, Master], is_root: bool = True) -> None:
@@ -124,31 +125,7 @@ class _Checker:
                 "master_weights: load_state_dict(assign=True) would replace the parameters that have masters. "
                 "Use assign=False during the fit."
             )
-        for name, param in module.named_parameters(remove_duplicate=False):
-            # A missing key is left to torch: only the caller's strict, which hooks do not see, says
-            # whether that is a fault.
-            if param in self._masters and prefix + name in state_dict:
-                _check_entry(prefix + name, state_dict[prefix + name], param)
-
-
-def _check_entry(key: str, value: Any, param: nn.Parameter) -> None:
-    if not isinstance(value, Tensor) or not value.is_floating_point():
-        raise UnsupportedError(
-            f"master_weights: the checkpoint's {key!r} is {_describe(value)}, and a master needs a floating-point "
-            "tensor; nothing was loaded."
-        )
-    if not _fits(value, param):
-        # In torch's words, which callers look for.
-        raise UnsupportedError(
-            f"master_weights: size mismatch for {key}: copying a param with shape {value.shape} from checkpoint, the "
-            f"shape in current model is {param.shape}; nothing was loaded. Build the model with the checkpoint's "
-            "sizes, or drop the key and load with strict=False."
-        )
-
-
-def _fits(value: Tensor, param: nn.Parameter) -> bool:
-    # torch loads one element into a 0-dim parameter too.
-    return value.shape == param.shape or (param.dim() == 0 and value.shape == (1,))
+        check_load(module, state_dict, prefix, self._masters, own_hook=self)
 
 
 class _FP32Pickle:
@@ -173,10 +150,6 @@ class _FP32Pickle:
     def remove(self) -> None:
         """Let the parameter be pickled as it is."""
         vars(self._master.param).pop("__reduce_ex__", None)
-
-
-def _describe(value: Any) -> str:
-    return f"a tensor of {value.dtype}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
 
 
 def _copy_as_fp32(master: Master, memo: dict[int, Any]) -> None:
