@@ -18,6 +18,7 @@ from lightning_mp.grad_scaler import Readback
 from lightning_mp.metrics import ScaleLimits, ScaleRecord
 from lightning_mp.report.events import read_events
 from tests.models import INF, Fetching, Regression, batches, trainer
+from tests.spawned import EndsItsProcessGroup
 
 BAD = {1: INF, 4: INF, 5: INF}
 # By hand: the scale of attempt i is 1024 halved once per overflow before it.
@@ -276,7 +277,9 @@ class BadOnRankOne(Regression):
 def test_two_ranks_hold_one_history_and_rank_zero_writes_it(tmp_path):
     monitor = LossScaleMonitor(dirpath=tmp_path)
     settings = {"strategy": "ddp_spawn", "devices": 2, "use_distributed_sampler": False, "limit_train_batches": 5}
-    run = trainer(fp16(), callbacks=[monitor, Histories(tmp_path)], log_every_n_steps=1, **settings)
+    run = trainer(
+        fp16(), callbacks=[monitor, Histories(tmp_path), EndsItsProcessGroup()], log_every_n_steps=1, **settings
+    )
     run.fit(BadOnRankOne(fused=True), batches())
     ranks = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1)]
     assert ranks[0] == ranks[1] == [[i, 1024.0 if i < 3 else 512.0, i == 2] for i in range(5)]

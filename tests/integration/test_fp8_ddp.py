@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_mp import FP8Monitor, MixedPrecision
 from tests.models import trainer
+from tests.spawned import EndsItsProcessGroup
 
 STEPS = 4
 
@@ -79,7 +80,7 @@ def test_ranks_agree_bit_for_bit(recipe, master_weights, bad, tmp_path) -> None:
         plugin,
         devices=2,
         strategy="ddp_spawn",
-        callbacks=[monitor, EqualRanks()],
+        callbacks=[monitor, EqualRanks(), EndsItsProcessGroup()],
         default_root_dir=tmp_path,
     )
     # A failed assertion of a rank comes back as an exception here.
