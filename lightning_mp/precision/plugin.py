@@ -148,6 +148,14 @@ class MixedPrecision(TrainingHooks, FSDPPrecision):  # type: ignore[misc]  # Lig
         # A copy, as that of a launcher, belongs to no model until it trains one.
         return {**self.__dict__, "_module_ref": _no_module}
 
+    @property
+    def next_step(self) -> int:
+        """The ``step`` that the next optimizer step's report will have; reading it waits for nothing."""
+        if not self._is_first_step:
+            return self._ledger.attempts
+        trainer = getattr(self._module, "_trainer", None)
+        return self._ledger.attempts if trainer is None else int(trainer.global_step)
+
     def manifest(self) -> list[ManifestRow]:
         """Return which module computes in what, as of now, one frozen row per module with parameters.
 
