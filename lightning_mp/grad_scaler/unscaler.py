@@ -98,15 +98,15 @@ class GradientUnscaler:
         if self._marks:
             fresh, known = self._mark_fresh(optimizer)
         else:
-            found = [p.grad for group in optimizer.param_groups for p in group["params"]]
-            # Most are what _values would return: asked here, because the call costs more than the question.
-            fresh = [
-                grad
-                if type(grad) is Tensor and grad.dtype is torch.float32 and grad.layout is torch.strided
-                else _values(grad)
-                for grad in found
-                if grad is not None
-            ]
+            fresh = []
+            for group in optimizer.param_groups:
+                for param in group["params"]:
+                    grad = param.grad
+                    if grad is None:
+                        continue
+                    # Most are what _values would return: asked here, because the call costs more than the question.
+                    is_plain = type(grad) is Tensor and grad.dtype is torch.float32 and grad.layout is torch.strided
+                    fresh.append(grad if is_plain else _values(grad))
             known = []
         if not fresh and not known:
             return None

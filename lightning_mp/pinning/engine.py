@@ -307,6 +307,8 @@ class Pins:
     def _step_method(self, name: str, original: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(original)
         def step(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            if name in self.observations and name in self._pinned_steps:
+                return call_with(self._mode, original, (module, *args), kwargs)
             return self._run_step(name, functools.partial(original, module), *args, **kwargs)
 
         return step

@@ -17,8 +17,11 @@ __all__ = ["call_hooks", "is_module_hook_overridden"]
 def call_hooks(trainer: Trainer, module: LightningModule, name: str, *args: Any) -> None:
     """Call hook ``name`` of the callbacks, then of the module, as the base Precision plugin does."""
     profiled = type(trainer.profiler) is not PassThroughProfiler  # type: ignore[attr-defined]
-    if profiled or _is_callback_hook_overridden(trainer, name):
-        call._call_callback_hooks(trainer, name, *args)
+    base = getattr(Callback, name)
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if profiled or getattr(type(callback), name, None) is not base or name in callback.__dict__:
+            call._call_callback_hooks(trainer, name, *args)
+            break
     if profiled or is_module_hook_overridden(module, name):
         call._call_lightning_module_hook(trainer, name, *args)
 
@@ -26,11 +29,3 @@ def call_hooks(trainer: Trainer, module: LightningModule, name: str, *args: Any)
 def is_module_hook_overridden(module: LightningModule, name: str) -> bool:
     """Tell whether the module's class or the object itself defines the hook."""
     return getattr(type(module), name) is not getattr(LightningModule, name) or name in module.__dict__
-
-
-def _is_callback_hook_overridden(trainer: Trainer, name: str) -> bool:
-    base = getattr(Callback, name)
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if getattr(type(callback), name, None) is not base or name in callback.__dict__:
-            return True
-    return False

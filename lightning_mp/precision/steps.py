@@ -72,9 +72,15 @@ class Attempt:
 
     def tensors(self) -> list[Tensor]:
         """Return found_inf, then what is known of scale, loss and norm, as 0-dim FP32 tensors of one device."""
-        known = [t for t in (self.found_inf, self.loss_scale, self.loss, self.grad_norm) if t is not None]
-        device = known[0].device
-        return [t if t.dtype is torch.float32 and t.device == device else t.float().to(device) for t in known]
+        known: list[Tensor] = []
+        for tensor in (self.found_inf, self.loss_scale, self.loss, self.grad_norm):
+            if tensor is None:
+                continue
+            is_first = not known
+            if tensor.dtype is not torch.float32 or not (is_first or tensor.device == known[0].device):
+                tensor = tensor.float() if is_first else tensor.float().to(known[0].device)
+            known.append(tensor)
+        return known
 
 
 class StepLedger:
@@ -169,21 +175,23 @@ class StepLedger:
         if attempt is None:
             return
         is_new = not attempt.is_counted
-        if is_new and self.count_if_applied(attempt):
-            self.on_settled(attempt)
-            return
         try:
-            self.account(attempt)
+            if not (is_new and self.count_if_applied(attempt)):
+                self.account(attempt)
         finally:
             # Also where the run ends here: a checkpoint written on the way out holds what was applied.
             if is_new:
                 self.on_settled(attempt)
 
     def count_if_applied(self, attempt: Attempt) -> bool:
-        """Count an attempt with finite gradients, if nobody listens; else do nothing and return False."""
-        if self.listeners or attempt.outcome is not None or self._wait(attempt):
+        """Count an attempt with finite gradients and tell the listeners; else do nothing and return False."""
+        if attempt.outcome is not None or self._wait(attempt):
             return False
         self._count_applied(attempt)
+        if self.listeners:
+            report = attempt.report
+            for listener in tuple(self.listeners):
+                listener(report)  # type: ignore[arg-type]
         return True
 
     def settle_for_reading(self) -> None:
