@@ -6,6 +6,7 @@ import os
 import random
 import socket
 import warnings
+import weakref
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -374,6 +375,42 @@ def test_manual_optimization_falls_back_to_a_parameter_of_the_optimizer_that_ove
     event = only(monitor)
     # Two steps per batch: the second one of the bad batch.
     assert (event.step, event.batch_idx, event.phase, event.fqn) == (2 * BAD + 1, BAD, "backward", "head.bias")
+
+
+class StepsByItself(Manual):
+    """Steps the optimizers themselves, which BF16 allows, and counts the batches that are still alive."""
+
+    def __init__(self) -> None:
+        super().__init__(fused=False)
+        self.seen: list[weakref.ref[Tensor]] = []
+
+    def training_step(self, batch, batch_idx):
+        self.seen.append(weakref.ref(batch["x"]))
+        for optimizer in self.optimizers(use_pl_optimizer=False):
+            optimizer.zero_grad()
+            self.manual_backward(Net.training_step(self, batch, -1))
+            optimizer.step()
+
+    def num_alive(self) -> int:
+        return sum(batch() is not None for batch in self.seen)
+
+
+def test_batches_of_steps_past_the_plugin_are_not_held_without_end() -> None:
+    class Fresh:
+        def __len__(self):
+            return 12
+
+        def __iter__(self):
+            return ({"x": torch.randn(2, WIDTH), "y": torch.randn(2, 1)} for _ in range(12))
+
+    class Count(Callback):
+        def on_train_batch_end(self, trainer, pl_module, *_):
+            self.num_alive = pl_module.num_alive()
+
+    count = Count()
+    used = trainer(MixedPrecision("bf16"), callbacks=[OverflowMonitor(), count])
+    used.fit(StepsByItself(), Fresh())
+    assert count.num_alive <= 2  # the one that the monitor holds, and the loop's
 
 
 def test_always_probe_works_under_manual_optimization() -> None:
