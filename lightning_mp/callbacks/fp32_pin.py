@@ -60,7 +60,7 @@ class FP32Pin(Callback):
         modules: Further modules, by class or by ``fnmatch`` pattern over the full dotted name, with all
             that is inside them, such as ``("*.norm", LlamaRMSNorm, "head")``.
         output: ``"float32"`` returns FP32; ``"input"`` the dtype of the input, which saves activation
-            memory. A loss is returned in FP32 either way.
+            memory. A loss is returned in FP32 either way, and ``dtype=`` in a call gives that dtype.
 
     Raises:
         SettingValueError: If a setting has an unknown value.

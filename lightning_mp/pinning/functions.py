@@ -243,8 +243,8 @@ def run_function(
 ) -> Any:
     """Run a function of torch on FP32 inputs and without autocast; see ``run_module``.
 
-    A caller that writes ``dtype=torch.bfloat16`` gets BF16, rounded once from the FP32 result. An
-    ``out=`` tensor and running statistics are written in their own dtype.
+    A caller that writes ``dtype=`` gets that dtype, whatever ``output`` says; BF16 is rounded once from the
+    FP32 result. An ``out=`` tensor and running statistics are written in their own dtype.
     """
     # One loop each and no helpers: between large products the caches are cold, and each further Python
     # function costs 2 us.
@@ -267,11 +267,9 @@ def run_function(
     if out is not None:
         return out.copy_(result)
     asked = kwargs.get("dtype") or asked
-    if asked not in NARROW_DTYPES:
-        asked = None
     if asked is None and output == "input":
         asked = _input_dtype(args, kwargs)
-    if asked is None:
+    if asked not in NARROW_DTYPES:
         return result
     # Of several results, as of native_layer_norm, the later ones are statistics that stay FP32.
     return (narrow(result[0], asked), *result[1:]) if isinstance(result, tuple) else narrow(result, asked)

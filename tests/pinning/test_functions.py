@@ -341,17 +341,22 @@ def test_loss_stays_fp32_where_outputs_have_the_input_dtype():
     assert loss.item() == 70_000
 
 
-def test_dtype_that_the_caller_wrote_is_the_dtype_of_the_result():
-    model = Calls(lambda x: (F.softmax(x, -1, dtype=torch.bfloat16), torch.softmax(x, -1, torch.bfloat16)))
-    pins = Pins(PinSpec())
+@pytest.mark.parametrize("output", ["float32", "input"])
+@pytest.mark.parametrize("asked", [torch.bfloat16, torch.float32, torch.float64])
+def test_dtype_that_the_caller_wrote_is_the_dtype_of_the_result(asked, output):
+    def calls(x):
+        return F.softmax(x, -1, dtype=asked), torch.softmax(x, -1, asked), x.softmax(-1, dtype=asked)
+
+    model = Calls(calls)
+    pins = Pins(PinSpec(output=output))
     pins.apply_(model)
-    x = torch.randn(2, 300)
+    x = torch.randn(2, 300).bfloat16()
     with pins.watch():
         results = model(x)
-    expected = torch.softmax(x, -1).bfloat16()
-    for result in results:
-        assert result.dtype is torch.bfloat16
-        assert torch.equal(result, expected)
+    expected = x.double().softmax(-1)
+    for result in (*results, *model(x)):
+        assert result.dtype is asked
+        torch.testing.assert_close(result.double(), expected, rtol=2 * torch.finfo(asked).eps + 1e-6, atol=0)
 
 
 def test_out_tensor_is_written():
