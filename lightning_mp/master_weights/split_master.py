@@ -141,6 +141,9 @@ class SplitMaster(Master):
             self._take_whole_()
         if self._lo.stride() != self.param.stride():
             # Fingerprints follow the memory: in another order, as of channels_last, each block would look written.
+            in_old_order = torch.empty_like(self._lo, dtype=self.param.dtype).copy_(self.param.detach())
+            if self._is_written(in_old_order):
+                self._take_over(in_old_order)
             self._lo = _like(self._lo, self.param)
             self.settle_writes()
         self._lo = _like(self._lo, self.param)
@@ -155,20 +158,27 @@ class SplitMaster(Master):
             master._take_over()
         return [flat_view(master.param) for master in masters], [flat_view(master._lo) for master in masters]
 
+    def _is_written(self, bits: Tensor) -> bool:
+        if bits.device.type != "cpu" or self._fingerprint.numel() == 0:
+            return self._version != self.param._version or self._published is not None
+        return not torch.equal(fingerprints([flat_view(bits)])[0], self._fingerprint)
+
     @torch.no_grad()
-    def _take_over(self) -> None:
+    def _take_over(self, bits: Tensor | None = None) -> None:
+        """Let what was written replace the master: found in ``bits``, the parameter's in the order of what is kept."""
+        bits = self.param.detach() if bits is None else bits
         if self._published is None:
-            flat, before = flat_view(self.param), self._fingerprint
+            flat, before = flat_view(bits), self._fingerprint
             if before.numel() > 0:
                 found = fingerprints([flat])[0].cpu()
                 flat_view(self._lo).masked_fill_(changed_elements(before, found, flat), 0)
             else:
                 self._lo.zero_()
-            self._published = self.param.detach().clone()
+            self._published = bits.clone()
         else:
-            changed = self._published.view(torch.int16) != self.param.detach().view(torch.int16)
+            changed = self._published.view(torch.int16) != bits.view(torch.int16)
             self._lo.masked_fill_(changed, 0)
-            self._published.copy_(self.param)
+            self._published.copy_(bits)
         self.settle_writes()
 
 

@@ -71,6 +71,20 @@ def test_a_parameter_laid_out_anew_in_training_keeps_every_bit(kind: type[Master
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_what_was_written_before_a_parameter_is_laid_out_anew_is_taken_over(kind: type[Master]) -> None:
+    param, master, value = make(kind, torch.randn(16, 16, 3, 3))
+    for layout in (torch.channels_last, torch.contiguous_format, torch.channels_last):
+        with torch.no_grad():
+            param.zero_()
+            param[1].fill_(-0.25)
+        expected = torch.zeros_like(value)
+        expected[1] = -0.25
+        param.data = param.data.to(memory_format=layout)
+        assert same_bits(master.value(), expected)
+        master.assign(value)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("layout", ["channels_last", "transposed"])
 def test_a_parameter_in_another_memory_order_is_restored(kind: type[Master], layout: str) -> None:
     value = torch.randn(4, 3, 2, 5)
