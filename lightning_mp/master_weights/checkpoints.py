@@ -1,14 +1,14 @@
 """FP32 values under the usual keys: hooks on the modules that own mastered parameters.
 
-Saving shows the masters in place of the 16-bit parameters, loading gives them to the masters first.
-Because the hooks sit on the modules, every way to a checkpoint goes through them: Lightning's two
+Saving shows the masters in place of the 16-bit parameters. Loading gives them what torch has copied, whatever
+hooks made of it. Because the hooks sit on the modules, every way to a checkpoint goes through them: Lightning's two
 kinds, ``save_pretrained``, a submodule's ``state_dict``, the learning rate finder's restore. A copy made
 by ``copy.deepcopy`` or ``torch.save(module)`` is a plain FP32 module with the masters' values.
 """
 
 import copy
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lightning_mp.errors import UnsupportedError
-from lightning_mp.master_weights.load_check import OwnHook, check_load, fits
+from lightning_mp.master_weights.load_check import OwnHook, RunningLoad, check_load, fits
 from lightning_mp.master_weights.masters import Master, NoMaster, cast_param_
 
 __all__ = ["install_hooks", "install_own_hooks"]
@@ -34,7 +34,7 @@ def install_hooks(module: nn.Module, masters: Mapping[nn.Parameter, Master]) -> 
     """
     handles: list[Any] = []
     for child in module.modules():
-        checker = _Checker(masters, is_root=child is module)
+        checker = _Checker(masters)
         handles.append(child.register_load_state_dict_pre_hook(checker))  # type: ignore[no-untyped-call]
         handles += install_own_hooks(child, masters)
     return handles
@@ -60,6 +60,7 @@ class _ModuleHooks(OwnHook):
     def __init__(self, module: nn.Module | None, masters: Mapping[nn.Parameter, Master]) -> None:
         self._module = module
         self._masters = masters
+        self._source: tuple[dict[str, Any], str] | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "_ModuleHooks":
         for _, master in self._owned():
@@ -77,6 +78,10 @@ class _ModuleHooks(OwnHook):
                 state_dict[prefix + name] = master.value()
 
     def load(self, module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+        if RunningLoad.find() is not None:
+            # Not yet: hooks after this one, and the module itself, may change what is loaded.
+            self._source = (state_dict, prefix)
+            return
         for name, master in self._owned():
             value = state_dict.get(prefix + name)
             # What torch does not take is left to it, and to its message.
@@ -86,8 +91,15 @@ class _ModuleHooks(OwnHook):
                 state_dict[prefix + name] = master.param.detach()
 
     def loaded(self, module: nn.Module, _: Any) -> None:
-        for _name, master in self._owned():
-            master.settle_writes()
+        source, self._source = self._source, None
+        if source is None:
+            return
+        state_dict, prefix = source
+        for name, master in self._owned():
+            value = state_dict.get(prefix + name)
+            # Else the module was given something else since, which is a write from outside.
+            if isinstance(value, Tensor) and _was_copied(value, master.param):
+                master.assign(value.view(master.param.shape))
 
     def _owned(self) -> list[tuple[str, Master]]:
         if self._module is None:
@@ -98,11 +110,10 @@ class _ModuleHooks(OwnHook):
 
 
 class _Checker(OwnHook):
-    """Refuse a checkpoint before anything of it is loaded: into the root, or into a module below it alone."""
+    """Refuse a checkpoint before anything of it is loaded into the outermost module with such a hook."""
 
-    def __init__(self, masters: Mapping[nn.Parameter, Master], is_root: bool = True) -> None:
+    def __init__(self, masters: Mapping[nn.Parameter, Master]) -> None:
         self._masters = masters
-        self._is_root = is_root
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "_Checker":
         return _Checker({})
@@ -118,14 +129,37 @@ class _Checker(OwnHook):
         local_metadata: dict[str, Any],
         *_: Any,
     ) -> None:
-        if prefix and not self._is_root:
-            return  # part of a load that was checked above
+        running = RunningLoad.find()
+        if running is not None and _is_checked_above(running.root, prefix):
+            return
         if local_metadata.get("assign_to_params_buffers", False):
             raise UnsupportedError(
                 "master_weights: load_state_dict(assign=True) would replace the parameters that have masters. "
                 "Use assign=False during the fit."
             )
-        check_load(module, state_dict, prefix, self._masters, own_hook=self)
+        if running is not None:  # others collect faults and go on
+            check_load(module, state_dict, prefix, self._masters, own_hook=self, is_strict=running.is_strict)
+
+
+def _is_checked_above(root: nn.Module, prefix: str) -> bool:
+    """Tell whether a module above the one with the keys ``prefix`` checks this load."""
+    module: nn.Module | None = root
+    for name in prefix.split(".")[:-1]:
+        if module is None:
+            return False
+        hooks: Iterable[Any] = module._load_state_dict_pre_hooks.values()
+        if any(isinstance(each.hook, _Checker) for each in hooks):
+            return True
+        module = module._modules.get(name)
+    return False
+
+
+def _was_copied(value: Tensor, param: nn.Parameter) -> bool:
+    """Tell whether ``param`` holds what ``param.copy_(value)`` gives, bit for bit."""
+    if not fits(value, param):
+        return False
+    copied = torch.empty_like(param).copy_(value.detach().view(param.shape))
+    return torch.equal(copied.reshape(-1).view(torch.int16), param.detach().reshape(-1).view(torch.int16))
 
 
 class _FP32Pickle:

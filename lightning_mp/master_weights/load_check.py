@@ -3,13 +3,16 @@
 torch copies key by key and raises at the end, which leaves half of a checkpoint in the module. While a
 module has masters the same faults are looked for first: keys that are missing or unexpected, other shapes,
 and what cannot become a master. Modules that change what they load (a ``_load_from_state_dict`` or load hooks
-of their own) are left to torch with all that is below them.
+of their own) are left to torch with all that is below them; the hooks of ``torch.nn.utils``, as of weight norm,
+are tried on a copy.
 """
 
 import sys
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from typing import Any
+from types import FunctionType
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.instancenorm import _InstanceNorm
@@ -18,7 +21,7 @@ from torch.overrides import is_tensor_like
 
 from lightning_mp.errors import UnsupportedError
 
-__all__ = ["OwnHook", "check_load", "fits"]
+__all__ = ["OwnHook", "RunningLoad", "check_load", "fits"]
 
 # These add the counter that checkpoints of torch 0.4 lack, or only complain.
 _TORCHS_LOADS = (
@@ -34,12 +37,42 @@ class OwnHook:
     """Marks load hooks of ours, or what they are methods of: they change no key."""
 
 
+class RunningLoad(NamedTuple):
+    """The ``load_state_dict`` that is running.
+
+    Args:
+        root: The module that it was called on.
+        is_strict: Whether it raises for missing and unexpected keys.
+    """
+
+    root: nn.Module
+    is_strict: bool
+
+    @staticmethod
+    def find() -> "RunningLoad | None":
+        """Find it from inside a load hook; ``None`` under a loader that works without torch's.
+
+        torch tells its load hooks ``strict=True`` in every load, so the caller's own value is read from
+        the frame of ``Module.load_state_dict``.
+        """
+        frame = sys._getframe(1)
+        while frame.f_code is not nn.Module.load_state_dict.__code__:
+            if frame.f_back is None:
+                return None
+            frame = frame.f_back
+        root = frame.f_locals["self"]
+        forgives = _has_foreign(root._load_state_dict_post_hooks.values())
+        return RunningLoad(root, bool(frame.f_locals["strict"]) and not forgives)
+
+
 def check_load(
     module: nn.Module,
     state_dict: Mapping[str, Any],
     prefix: str,
     mastered: Collection[nn.Parameter],
+    *,
     own_hook: OwnHook,
+    is_strict: bool,
 ) -> None:
     """Refuse a ``state_dict`` that torch would refuse, or that cannot become masters; call it in a load pre-hook.
 
@@ -49,33 +82,35 @@ def check_load(
         prefix: The prefix of the keys of ``module`` in it.
         mastered: Parameters that have masters.
         own_hook: The calling hook: hooks of ``module`` before it have changed ``state_dict`` already.
+        is_strict: Whether keys must match.
 
     Raises:
         UnsupportedError: With all faults, in torch's words where torch has the same ones.
     """
+    metadata = getattr(state_dict, "_metadata", None) or {}
+    state_dict = dict(state_dict)
     expected: dict[str, Tensor | None] = {}
     optional: set[str] = set()
     unknown: list[str] = []  # prefixes under which only the modules themselves know
-    names_count = _is_strict()
     for fqn, child in module.named_modules(prefix=prefix.removesuffix("."), remove_duplicate=False):
         start = f"{fqn}." if fqn else ""
         if any(start.startswith(each) for each in unknown):
             continue
-        if _changes_what_it_loads(child, own_hook if child is module else None):
+        if not _try_hooks(child, state_dict, start, metadata.get(fqn, {}), own_hook if child is module else None):
             unknown.append(start)
             continue
         # A post-hook may take any key from the lists of missing and unexpected ones.
-        names_count = names_count and not _has_foreign(child._load_state_dict_post_hooks.values())
+        is_strict = is_strict and not _has_foreign(child._load_state_dict_post_hooks.values())
         expected.update((start + name, value) for name, value in _own_entries(child))
-        if _may_lack_counter(child, state_dict, fqn):
+        if isinstance(child, _NormBase) and (metadata.get(fqn, {}).get("version") or 0) < 2:
             optional.add(f"{start}num_batches_tracked")
     faults: list[str] = []
-    if names_count:
+    if is_strict:
         faults += _name_faults(expected, optional, state_dict, prefix, unknown)
     faults += _entry_faults(expected, state_dict, mastered)
     if faults:
         raise UnsupportedError(
-            f"master_weights: the checkpoint does not fit {type(module).__name__}; nothing was loaded.\n\t"
+            f"master_weights: the checkpoint does not fit {type(module).__name__}; nothing was loaded into it.\n\t"
             + "\n\t".join(faults)
             + "\nBuild the model with the checkpoint's sizes and names. With strict=False keys may be missing or "
             "unexpected; one that does not fit has to be dropped from the checkpoint."
@@ -87,29 +122,28 @@ def fits(value: Tensor, param: Tensor) -> bool:
     return value.shape == param.shape or (param.dim() == 0 and value.shape == (1,))
 
 
-def _is_strict() -> bool:
-    """Whether the running ``load_state_dict`` raises for missing keys.
-
-    torch tells its load hooks ``strict=True`` in every load, so the caller's own value is read from the
-    frame of ``Module.load_state_dict``. A loader that works without it is not strict.
-    """
-    frame = sys._getframe(1)
-    while frame.f_code is not nn.Module.load_state_dict.__code__:
-        if frame.f_back is None:
-            return False
-        frame = frame.f_back
-    root = frame.f_locals["self"]
-    return bool(frame.f_locals["strict"]) and not _has_foreign(root._load_state_dict_post_hooks.values())
-
-
-def _changes_what_it_loads(module: nn.Module, own_hook: OwnHook | None) -> bool:
+def _try_hooks(
+    module: nn.Module, state_dict: dict[str, Any], prefix: str, metadata: Any, own_hook: OwnHook | None
+) -> bool:
+    """Let torch's own hooks of ``module`` rename keys in ``state_dict``; return whether no others change them."""
     loads = module._load_from_state_dict
-    if getattr(loads, "__func__", loads) not in _TORCHS_LOADS:
-        return True
     wrapped: Iterable[Any] = module._load_state_dict_pre_hooks.values()
     hooks = [each.hook for each in wrapped]
-    # Those before own_hook have run.
-    return _has_foreign(hooks[hooks.index(own_hook) :] if own_hook in hooks else hooks)
+    if own_hook in hooks:
+        hooks = hooks[hooks.index(own_hook) + 1 :]  # those before it have run
+    foreign = [hook for hook in hooks if _has_foreign([hook])]
+    if getattr(loads, "__func__", loads) not in _TORCHS_LOADS or not all(map(_is_of_torch_utils, foreign)):
+        return False
+    for hook in foreign:
+        part = {key: state_dict.pop(key) for key in list(state_dict) if key.startswith(prefix)}
+        hook(part, prefix, metadata, True, [], [], [])
+        state_dict.update(part)
+    return True
+
+
+def _is_of_torch_utils(hook: Any) -> bool:
+    home = hook if isinstance(hook, FunctionType) else type(hook)
+    return str(home.__module__).startswith("torch.nn.utils.")
 
 
 def _has_foreign(hooks: Iterable[Any]) -> bool:
@@ -123,11 +157,6 @@ def _own_entries(module: nn.Module) -> Iterator[tuple[str, Tensor | None]]:
             yield name, value
     if type(module).set_extra_state is not nn.Module.set_extra_state:
         yield _EXTRA_STATE, None
-
-
-def _may_lack_counter(module: nn.Module, state_dict: Mapping[str, Any], fqn: str) -> bool:
-    metadata = getattr(state_dict, "_metadata", None) or {}
-    return isinstance(module, _NormBase) and (metadata.get(fqn, {}).get("version") or 0) < 2
 
 
 def _name_faults(
@@ -168,6 +197,8 @@ def _entry_fault(key: str, value: Any, target: Tensor | None, mastered: Collecti
         return f"{key!r} is {_describe(value)}, and a master needs a floating-point tensor."
     if not is_tensor_like(value):  # type: ignore[no-untyped-call]
         return f"{key!r} is {_describe(value)}, and a tensor is needed."
+    if value.is_meta or value.layout is not torch.strided:
+        return f"{key!r} is {_describe(value)}, and a dense one with values is needed."
     if not fits(value, target):
         return (
             f"size mismatch for {key}: copying a param with shape {value.shape} from checkpoint, the shape in current "
@@ -177,4 +208,7 @@ def _entry_fault(key: str, value: Any, target: Tensor | None, mastered: Collecti
 
 
 def _describe(value: Any) -> str:
-    return f"a tensor of {value.dtype}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+    if not isinstance(value, Tensor):
+        return f"a {type(value).__name__}"
+    kind = "meta " if value.is_meta else "" if value.layout is torch.strided else "sparse "
+    return f"a {kind}tensor of {value.dtype}"

@@ -182,7 +182,7 @@ def test_the_error_names_all_faults_in_torchs_words() -> None:
     with pytest.raises(UnsupportedError) as caught:
         model.load_state_dict(state)
     assert str(caught.value) == (
-        "master_weights: the checkpoint does not fit Sequential; nothing was loaded.\n"
+        "master_weights: the checkpoint does not fit Sequential; nothing was loaded into it.\n"
         '\tMissing key(s) in state_dict: "0.bias".\n'
         '\tUnexpected key(s) in state_dict: "2.bias".\n'
         "\tsize mismatch for 0.weight: copying a param with shape torch.Size([4, 5]) from checkpoint, the shape in "
@@ -250,3 +250,170 @@ def test_after_detach_torch_checks_alone() -> None:
     with pytest.raises(RuntimeError, match="Missing key") as caught:
         model.load_state_dict({"bias": torch.ones(4)})
     assert not isinstance(caught.value, UnsupportedError)
+
+
+# --- Writes, and loads that pass over them ----------------------------------------------------------
+
+
+class ZeroInitializesAfterLoading(nn.Linear):
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        if prefix + "bias" not in state_dict:
+            nn.init.zeros_(self.bias)
+
+
+class CopiesByHand(nn.Linear):
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        with torch.no_grad():
+            self.weight.copy_(state_dict[prefix + "weight"])
+
+
+def writes_head(model: nn.Module) -> None:
+    nn.init.zeros_(model[1].weight)
+    nn.init.ones_(model[1].bias)
+
+
+def writes_row(model: nn.Module) -> None:
+    with torch.no_grad():
+        model[1].weight[2].fill_(-torch.inf)
+
+
+def writes_in_post_hook(model: nn.Module) -> None:
+    def write(module: nn.Module, _: Any) -> None:
+        with torch.no_grad():
+            module.weight.fill_(0.5)
+
+    model[1].register_load_state_dict_post_hook(write)
+
+
+def writes_memory(model: nn.Module) -> None:
+    model[1].bias.data = torch.full((4,), 1.2345678)
+
+
+def nothing(model: nn.Module) -> None:
+    pass
+
+
+def renames_from_now_on(model: nn.Module) -> None:
+    def double(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+        state_dict[prefix + "weight"] = state_dict[prefix + "weight"] * 2
+
+    model[0].register_load_state_dict_pre_hook(double)
+
+
+WRITES: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module], None]]] = {
+    "a head": (lambda: nn.Linear(4, 4), writes_head),
+    "a row": (lambda: nn.Linear(4, 4), writes_row),
+    "in a post-hook": (lambda: nn.Linear(4, 4), writes_in_post_hook),
+    "memory": (lambda: nn.Linear(4, 4), writes_memory),
+    "after loading": (lambda: ZeroInitializesAfterLoading(4, 4), nothing),
+    "a hook that came later": (lambda: nn.Linear(4, 4), renames_from_now_on),
+}
+
+
+@pytest.mark.parametrize("mode", ["copy", "split"])
+@pytest.mark.parametrize("case", WRITES)
+def test_what_was_written_beside_a_load_is_what_plain_torch_has(case: str, mode: str) -> None:
+    layer, write = WRITES[case]
+
+    def run(mode: str | None) -> dict[str, Tensor]:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 4), layer())
+        with torch.no_grad():  # an untouched element of a block that was written may be rounded
+            model[1].weight.copy_(model[1].weight.bfloat16())
+        masters = MasterWeights(mode) if mode else None  # type: ignore[arg-type]
+        if masters is not None:
+            masters.convert_(model)
+        write(model)
+        torch.manual_seed(1)
+        model.load_state_dict({"0.weight": torch.randn(4, 4), "0.bias": torch.randn(4)}, strict=False)
+        return bits(model)
+
+    assert_same(run(mode), run(None))
+
+
+@pytest.mark.parametrize("mode", ["copy", "split"])
+def test_a_module_that_copies_by_hand_has_its_values_rounded_once(mode: str) -> None:
+    model = nn.Sequential(CopiesByHand(4, 4))
+    MasterWeights(mode).convert_(model)  # type: ignore[arg-type]
+    value = torch.randn(4, 4)
+    model.load_state_dict({"0.weight": value, "0.bias": torch.zeros(4)})
+    assert torch.equal(model.state_dict()["0.weight"], value.bfloat16().float())
+
+
+@pytest.mark.parametrize("mode", ["copy", "split"])
+def test_a_loader_of_its_own_gets_fp32_values_into_the_masters(mode: str) -> None:
+    def load_by_module(module: nn.Module, state: dict[str, Any]) -> list[str]:
+        errors: list[str] = []
+        for name, child in module.named_modules():
+            prefix = f"{name}." if name else ""
+            child._load_from_state_dict(state, prefix, {}, True, [], [], errors)
+        return errors
+
+    model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4))
+    MasterWeights(mode).convert_(model)  # type: ignore[arg-type]
+    state = {key: torch.randn_like(value) for key, value in model.state_dict().items()}
+    state["1.bias"] = torch.zeros(9)
+    (error,) = load_by_module(model, dict(state))
+    assert error.startswith("size mismatch for 1.bias")
+    for key in ("0.weight", "0.bias", "1.weight"):
+        assert torch.equal(model.state_dict()[key], state[key])
+
+
+def test_a_part_inside_a_stranger_is_checked_and_assign_refused() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4))
+    MasterWeights("split").convert_(nn.ModuleDict({"body": model}))
+    before = bits(model)
+    stranger = nn.ModuleDict({"x": model})
+    state = {key: torch.ones_like(value) for key, value in stranger.state_dict().items()}
+    with pytest.raises(UnsupportedError, match=r"assign=True\) would replace"):
+        stranger.load_state_dict(state, assign=True)
+    with pytest.raises(UnsupportedError, match=r"size mismatch for x\.1\.bias"):
+        stranger.load_state_dict({**state, "x.1.bias": torch.ones(7)})
+    assert_same(bits(model), before)
+
+
+@pytest.mark.parametrize("value", [torch.ones(4, 4, device="meta"), torch.eye(4).to_sparse()], ids=["meta", "sparse"])
+def test_a_tensor_without_dense_values_is_named(value: Tensor) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    MasterWeights("split").convert_(model)
+    before = bits(model)
+    state = {key: torch.ones_like(old) for key, old in before.items()}
+    with pytest.raises(UnsupportedError, match=r"'1.weight' is a (meta|sparse) tensor of torch.float32"):
+        model.load_state_dict({**state, "1.weight": value})
+    assert_same(bits(model), before)
+
+
+@pytest.mark.parametrize("make_layer", [nn.utils.parametrizations.weight_norm, nn.utils.spectral_norm])
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_hooks_of_torchs_own_are_looked_through(make_layer: Callable[[nn.Module], nn.Module]) -> None:
+    model = nn.Sequential(make_layer(nn.Linear(4, 4)), nn.Linear(4, 4))
+    MasterWeights("split").convert_(model)
+    before = bits(model)
+    state = model.state_dict()
+    del state["0.bias"]
+    with pytest.raises(UnsupportedError, match=r'Missing key\(s\) in state_dict: "0.bias"'):
+        model.load_state_dict(state)
+    assert_same(bits(model), before)
+
+
+@pytest.mark.parametrize("mode", ["copy", "split"])
+def test_values_halfway_between_two_of_bf16_are_loaded_exactly(mode: str) -> None:
+    model = nn.Linear(64, 1)
+    MasterWeights(mode).convert_(model)  # type: ignore[arg-type]
+    halfway = 1 + 2.0**-8 + torch.arange(64.0) * 2.0**-7  # torch rounds to even, half of them down
+    model.load_state_dict({"weight": halfway[None], "bias": torch.zeros(1)})
+    assert torch.equal(model.state_dict()["weight"][0], halfway)
+
+
+def test_old_names_that_a_hook_of_torch_knows_are_loaded() -> None:
+    def make() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)))
+
+    plain, ours = make(), make()
+    MasterWeights("split").convert_(ours)
+    old = {"0.weight_g": torch.rand(4, 1), "0.weight_v": torch.randn(4, 4), "0.bias": torch.randn(4)}
+    plain.load_state_dict(old)
+    ours.load_state_dict(old)
+    assert_same(bits(ours), bits(plain))
