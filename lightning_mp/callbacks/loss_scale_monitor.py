@@ -9,6 +9,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_mp.callbacks.added_hooks import add_to_hook, remove_added_hooks, without_added_hooks
 from lightning_mp.callbacks.event_log import EventLog
 from lightning_mp.callbacks.health_message import describe_health, find_first_overflow, module_of
 from lightning_mp.callbacks.pictures import save_picture
@@ -88,8 +89,7 @@ class LossScaleMonitor(Callback):
         scaler = getattr(plugin, "scaler", None)
         if scaler is not None and scaler.is_enabled():
             self._watch = _ScalerWatch(scaler)
-            # Not on the class: our plugin calls no hook that nobody overrides.
-            self.on_before_optimizer_step = self._open_step  # type: ignore[method-assign]
+            add_to_hook(self, "on_before_optimizer_step", self._open_step)
             self._limits = ScaleLimits(is_dynamic=True)
             return
         self._limits = ScaleLimits()
@@ -127,7 +127,7 @@ class LossScaleMonitor(Callback):
         if self._plugin is not None and self._listener is not None:
             self._plugin.remove_step_listener(self._listener)
         self._plugin, self._listener, self._watch = None, None, None
-        vars(self).pop("on_before_optimizer_step", None)
+        remove_added_hooks(self)
 
     def _settle(self) -> None:
         if self._plugin is not None:
@@ -137,9 +137,7 @@ class LossScaleMonitor(Callback):
 
     def __getstate__(self) -> dict[str, Any]:
         # The copy that a launcher or deepcopy makes listens to nothing until it trains.
-        state = {**self.__dict__, "_plugin": None, "_listener": None, "_watch": None}
-        state.pop("on_before_optimizer_step", None)
-        return state
+        return {**without_added_hooks(self.__dict__), "_plugin": None, "_listener": None, "_watch": None}
 
     def _add(self, record: ScaleRecord) -> None:
         self.history.append(record)
