@@ -7,15 +7,16 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from lightning_mp.callbacks.added_hooks import add_to_hook, remove_added_hooks
+from lightning_mp.callbacks.batch_window import BatchWindow, HeldBatch
 from lightning_mp.callbacks.event_log import EventLog, gather_events, run_directory
 from lightning_mp.callbacks.overflow_watch import (
-    HeldBatch,
     ScalerWatch,
     reason_against_replay,
     save_batch,
@@ -125,9 +126,7 @@ class OverflowMonitor(Callback):
         self._plugin: MixedPrecision | None = None
         self._watch: ScalerWatch | None = None
         self._directory: Path | None = None
-        self._window: list[HeldBatch] = []  # of the step _window_step, which is next or running
-        self._window_step = -1
-        self._previous: list[HeldBatch] = []
+        self._window = BatchWindow()
         self._attempted: list[HeldBatch] = []
         self._zeroed_step = 0
         self._amaxes: tuple[list[Parameter], Tensor] | None = None
@@ -199,8 +198,7 @@ class OverflowMonitor(Callback):
         self._release()
 
     def _release(self) -> None:
-        for held in self._window[-1:]:
-            held.unwatch()
+        self._window.end()
         if self._plugin is not None:
             self._plugin.remove_step_listener(self._on_report)
         self.event_log.close()
@@ -210,12 +208,9 @@ class OverflowMonitor(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         step = trainer.global_step if self._plugin is None else self._plugin.next_step
-        if step != self._window_step:
-            self._previous, self._window, self._window_step = self._window, [], step
-        elif self._method == "gradients":
-            self._window = []  # the last batch is all that is named
         held = HeldBatch(copy_containers(batch), batch_idx)
-        self._window.append(held)
+        # Without a replay or probes the last batch is all that is named.
+        self._window.start(held, step, keeps_earlier=self._method != "gradients")
         if self._method == "always":
             held.watch(pl_module, watches_parameters=not shards_parameters(trainer))
 
@@ -223,7 +218,10 @@ class OverflowMonitor(Callback):
         # The last moment at which the gradients of the previous step are there.
         if self._method == "gradients":
             self._settle()
-        self._zeroed_step = self._window_step
+        self._zeroed_step = self._window.step
+        # Where the hook stands for zeroing, batches of before count no more: their gradients never made a step.
+        if len(self._window) > 1 and not is_overridden("optimizer_zero_grad", pl_module):
+            self._window.keep_last()
 
     def _watch_scaler(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         if self._watch is not None:
@@ -235,8 +233,8 @@ class OverflowMonitor(Callback):
             self._amaxes = gradient_amaxes(optimizer)
 
     def _note_loss(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-        if self._window:
-            self._window[-1].note_loss(loss)
+        if self._window.running is not None:
+            self._window.running.note_loss(loss)
 
     def _loses_gradients(self, optimizer: Optimizer) -> bool:
         """Tell whether nobody can look at this step's gradients any more when its outcome is known."""
@@ -247,8 +245,7 @@ class OverflowMonitor(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if self._method == "always" and self._window:
-            self._window[-1].unwatch()
+        self._window.end()
         if self._watch is not None:
             self._watch.after_step()
         # Validation changes the mode of the modules and takes no gradients.
@@ -256,6 +253,9 @@ class OverflowMonitor(Callback):
             self._settle()
         if self._unlogged:
             self._log(pl_module)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._window.drop_running()
 
     def _log(self, pl_module: LightningModule) -> None:
         for name, count in self._unlogged.items():
@@ -280,7 +280,7 @@ class OverflowMonitor(Callback):
         if not report.found_inf:
             self._has_applied = True
             return None
-        self._attempted = self._window if report.step >= self._window_step else self._previous
+        self._attempted = self._window.of(report.step)
         events = self._investigate(trainer, module, report)
         self.events += events
         for event in events:

@@ -1,4 +1,4 @@
-"""What the overflow monitor keeps from step to step: held batches, and the scale of a foreign scaler."""
+"""What the overflow monitor needs around a step: reports for a foreign scaler, the loss again, a saved batch."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -11,41 +11,12 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelP
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor
 
+from lightning_mp.callbacks.batch_window import HeldBatch
 from lightning_mp.grad_scaler import Readback
-from lightning_mp.overflow import Observation, Probes, RandomState
 from lightning_mp.precision import StepReport
 from lightning_mp.precision.notices import notice_once
 
-__all__ = ["HeldBatch", "ScalerWatch", "reason_against_replay", "save_batch", "shards_parameters", "training_loss"]
-
-
-class HeldBatch:
-    """A batch that may have to be replayed, with the random states from before its step."""
-
-    __slots__ = ("_probes", "batch", "batch_idx", "rng", "seen")
-
-    def __init__(self, batch: Any, batch_idx: int) -> None:
-        self.batch = batch
-        self.batch_idx = batch_idx
-        self.rng = RandomState.now()
-        self.seen: Observation | None = None
-
-    def watch(self, model: LightningModule, *, watches_parameters: bool) -> None:
-        """Probe the real step of this batch."""
-        probes = Probes(model, tells_aliases_apart=False, watches_parameters=watches_parameters)
-        self._probes = probes.__enter__()
-        self.seen = Observation(model, probes.calls, probes.statistics, param_grads=probes.param_grads)
-        self.seen.add_batch(self.batch)
-
-    def note_loss(self, loss: Tensor) -> None:
-        """Measure the loss of a probed step."""
-        if self.seen is not None:
-            self.seen.add_loss(loss)
-
-    def unwatch(self) -> None:
-        """Take the hooks off the model; what they noted stays."""
-        if self.seen is not None:
-            self._probes.__exit__(None, None, None)
+__all__ = ["ScalerWatch", "reason_against_replay", "save_batch", "shards_parameters", "training_loss"]
 
 
 @dataclass

@@ -487,6 +487,82 @@ def test_batch_of_an_accumulation_window_is_found() -> None:
     assert (event.step, event.batch_idx, event.fqn) == (0, 1, "blocks.2.1")
 
 
+class Leaves(Net):
+    """Skips the rest of its first epoch at one batch, which is started and not computed."""
+
+    def __init__(self, *args: Any, leaves_at: int, **settings: Any) -> None:
+        super().__init__(*args, **settings)
+        self.leaves_at = leaves_at
+
+    def on_train_batch_start(self, batch, batch_idx):
+        return -1 if self.current_epoch == 0 and batch_idx == self.leaves_at else None
+
+
+# Batch 2, with a NaN in it, ends the first epoch: that had two steps, or one of two batches. The first step of the
+# second epoch overflows, by its batch 0.
+@pytest.mark.parametrize(("accumulate", "step"), [(1, BAD), (2, BAD // 2)])
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("probe", ["replay", "gradients", "always"])
+def test_batch_that_was_started_and_not_computed_is_neither_blamed_nor_saved(
+    probe, fused, accumulate, step, tmp_path
+) -> None:
+    class OneEpochLater(Leaves):
+        def training_step(self, batch, batch_idx):
+            is_bad = self.current_epoch >= 1 and batch_idx == 0
+            return Net.training_step(self, batch, batch_idx) * (INF if is_bad else 1.0)
+
+    data = batches(4, bad_x=float("nan"))
+    monitor = OverflowMonitor(probe=probe, save_batch=True, dirpath=tmp_path)
+    model = OneEpochLater(fused=fused, leaves_at=BAD, bad=-1)
+    settings = {"max_epochs": 2, "limit_train_batches": 4, "accumulate_grad_batches": accumulate}
+    used = trainer(MixedPrecision("bf16"), callbacks=[monitor], max_steps=step + 1, **settings)
+    used.fit(model, data)
+    last = accumulate - 1 if probe == "gradients" else 0
+    assert [(e.step, e.batch_idx) for e in monitor.events] == [(step, last)]
+    saved = torch.load(tmp_path / f"overflow-step{step}-rank0.pt")
+    assert saved["batch_idx"] == last
+    assert saved["batch"]["x"].isfinite().all()
+
+
+@pytest.mark.parametrize("ends", ["epoch", "fit"])
+def test_probes_of_a_batch_that_was_not_computed_are_taken_off(ends) -> None:
+    class Hooks(Callback):
+        def on_train_epoch_start(self, trainer, pl_module):
+            counts.append(num_hooks(pl_module))
+
+    counts: list[int] = []
+    model = Leaves(leaves_at=BAD)
+    epochs = 3 if ends == "epoch" else 1
+    used = trainer(MixedPrecision("bf16"), callbacks=[OverflowMonitor(probe="always"), Hooks()], max_epochs=epochs)
+    used.fit(model, batches())
+    assert counts == [0] * epochs
+    assert num_hooks(model) == 0
+
+
+def num_hooks(model: nn.Module) -> int:
+    of_modules = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+    return of_modules + sum(len(p._backward_hooks or {}) for p in model.parameters())
+
+
+@pytest.mark.parametrize("probe", ["replay", "always"])
+def test_batch_whose_gradients_were_zeroed_before_the_step_is_not_blamed(probe) -> None:
+    class StepsAtOdd(Net):
+        """Lightning zeroes the gradients in each closure: those of an even batch make no step."""
+
+        def optimizer_step(self, epoch, batch_idx, optimizer, optimizer_closure):
+            if batch_idx % 2 == 1:
+                optimizer.step(closure=optimizer_closure)
+            else:
+                optimizer_closure()
+
+        def training_step(self, batch, batch_idx):
+            return super().training_step(batch, batch_idx) * (INF if batch_idx in (2, 3) else 1.0)
+
+    monitor = OverflowMonitor(probe=probe)
+    fit(StepsAtOdd(), monitor, plugin=MixedPrecision("bf16"), data=batches(6))
+    assert [e.batch_idx for e in monitor.events] == [3]
+
+
 def test_ignored_overflow_names_a_parameter_though_its_weights_are_gone() -> None:
     monitor = OverflowMonitor()
     fit(Net("loss", bad=4), monitor, plugin=MixedPrecision("bf16", on_nonfinite="ignore"))
