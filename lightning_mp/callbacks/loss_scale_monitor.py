@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from lightning_mp.callbacks.added_hooks import add_to_hook, remove_added_hooks, without_added_hooks
 from lightning_mp.callbacks.event_log import EventLog
 from lightning_mp.callbacks.health_message import describe_health, find_first_overflow, module_of
+from lightning_mp.callbacks.interruption import settle_interrupted
 from lightning_mp.callbacks.pictures import save_picture
 from lightning_mp.errors import LightningMPError
 from lightning_mp.loss_scale import DynamicLossScale
@@ -201,6 +202,7 @@ class LossScaleMonitor(Callback):
         self._finish(trainer, pl_module)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        settle_interrupted(self._settle)
         if isinstance(exception, LightningMPError):
             self._finish(trainer, pl_module)
         self._stop_listening()

@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from lightning_mp.callbacks.added_hooks import add_to_hook, remove_added_hooks
 from lightning_mp.callbacks.batch_window import BatchWindow, HeldBatch
 from lightning_mp.callbacks.event_log import EventLog, gather_events, run_directory
+from lightning_mp.callbacks.interruption import is_alone, is_interrupted, settle_interrupted
 from lightning_mp.callbacks.overflow_watch import (
     ScalerWatch,
     reason_against_replay,
@@ -192,6 +193,8 @@ class OverflowMonitor(Callback):
         self._release()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._window.end()
+        settle_interrupted(self._settle)
         self._release()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -286,14 +289,15 @@ class OverflowMonitor(Callback):
         for event in events:
             self._publish(trainer, event)
         for event in events:
-            self._alarm(event)
+            self._alarm(trainer, event)
         return f"{events[0].fqn} ({events[0].phase})"
 
     def _investigate(self, trainer: Trainer, module: LightningModule, report: StepReport) -> list[OverflowEvent]:
         found, failure = self._find(trainer, module, report)
         held, finding = found if found is not None else (None, None)
         event = self._make_event(trainer, report, held, finding) if finding is not None else None
-        answers = gather_events([(event, failure)])
+        alone = is_alone(trainer)
+        answers = [(event, failure)] if alone else gather_events([(event, failure)])
         events = [event for event, _ in answers if event is not None]
         failures = [failure for _, failure in answers if failure is not None]
         # What made one rank end comes before that others could not go on without it.
@@ -304,7 +308,7 @@ class OverflowMonitor(Callback):
             held = self._attempted[-1] if self._attempted else None
             event = self._make_event(trainer, report, held, self._find_in_gradients(module, report))
             # Reduced gradients are the same on all ranks, shards are not: the first rank that knows a name.
-            every = gather_events([event])
+            every = [event] if alone else gather_events([event])
             events = [next((e for e in every if e.fqn != _UNKNOWN.fqn), every[0])]
         if self._directory is not None and held is not None:
             save_batch(self._directory, held, report, trainer.global_rank)
@@ -314,7 +318,7 @@ class OverflowMonitor(Callback):
         self, trainer: Trainer, module: LightningModule, report: StepReport
     ) -> tuple[tuple[HeldBatch, Finding] | None, str | None]:
         """Return the batch and the finding of replay or probes, and why the replay failed if it did."""
-        if self._method == "gradients":
+        if self._method == "gradients" or (self._method == "replay" and is_alone(trainer)):
             return None, None
         if self._method == "replay" and not report.skipped:
             return None, "the update was applied (on_nonfinite='ignore'), so that its weights are gone"
@@ -405,10 +409,10 @@ class OverflowMonitor(Callback):
         for logger in trainer.loggers:
             logger.log_metrics({name: float(event.count)}, step=event.step)
 
-    def _alarm(self, event: OverflowEvent) -> None:
+    def _alarm(self, trainer: Trainer, event: OverflowEvent) -> None:
         if event.calibrating and event.phase == "backward":
             return
-        if self.on_overflow == "raise":
+        if self.on_overflow == "raise" and not is_interrupted(trainer):
             raise OverflowFoundError(
                 f"on_overflow='raise': {describe_event(event)} Its update was not applied. "
                 "Use on_overflow='warn' to go on."
