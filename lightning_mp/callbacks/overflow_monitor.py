@@ -2,6 +2,7 @@
 
 import math
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -19,6 +20,7 @@ from lightning_mp.callbacks.event_log import EventLog, gather_events, run_direct
 from lightning_mp.callbacks.interruption import is_alone, is_interrupted, settle_interrupted
 from lightning_mp.callbacks.overflow_watch import (
     ScalerWatch,
+    parameters_of,
     reason_against_replay,
     save_batch,
     shards_parameters,
@@ -36,6 +38,7 @@ from lightning_mp.overflow import (
     describe_event,
     find_culprit,
     find_in_gradients,
+    part_for,
     replay,
 )
 from lightning_mp.precision import MixedPrecision, StepReport
@@ -130,6 +133,7 @@ class OverflowMonitor(Callback):
         self._window = BatchWindow()
         self._attempted: list[HeldBatch] = []
         self._zeroed_step = 0
+        self._stepped: Optimizer | None = None  # the latest, where there are several
         self._amaxes: tuple[list[Parameter], Tensor] | None = None
         self._may_lose_gradients = False
         self._has_validation = False
@@ -232,6 +236,8 @@ class OverflowMonitor(Callback):
         self._measure_gradients(trainer, pl_module, optimizer)
 
     def _measure_gradients(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        if len(trainer.optimizers) > 1:
+            self._stepped = optimizer
         if self._may_lose_gradients and self._loses_gradients(optimizer):
             self._amaxes = gradient_amaxes(optimizer)
 
@@ -348,11 +354,12 @@ class OverflowMonitor(Callback):
         self, trainer: Trainer, module: LightningModule, held: HeldBatch, report: StepReport, together: Together
     ) -> Finding | None:
         if held.seen is not None:
-            if self._plugin is not None and not report.loss_nonfinite:
-                # The loss that was noted is the scaled one, which may overflow by itself.
-                held.seen.loss = []
             held.seen.statistics.read()
-            return find_culprit(held.seen)
+            seen = held.seen if self._stepped is None else part_for(held.seen, parameters_of(self._stepped))
+            if seen is not None and self._plugin is not None and not report.loss_nonfinite:
+                # The loss that was noted is the scaled one, which may overflow by itself.
+                seen = replace(seen, loss=[])
+            return None if seen is None else find_culprit(seen)
         with nullcontext() if self._plugin is None else self._plugin.unrecorded():
             return replay(
                 module,
@@ -366,15 +373,19 @@ class OverflowMonitor(Callback):
             )
 
     def _find_in_gradients(self, module: LightningModule, report: StepReport) -> Finding:
+        named = list(module.named_parameters())
+        if self._stepped is not None:
+            stepped = set(parameters_of(self._stepped))
+            named = [(name, parameter) for name, parameter in named if parameter in stepped]
         if self._amaxes is not None:
             params, amaxes = self._amaxes
             largest = dict(zip(map(id, params), amaxes.tolist(), strict=True))
-            for name, parameter in reversed(list(module.named_parameters())):
+            for name, parameter in reversed(named):
                 value = largest.get(id(parameter), 0.0)
                 if not math.isfinite(value):
                     return Finding("backward", name, "nan" if math.isnan(value) else "inf", 0, {"grad": value})
         has_gradients = self._zeroed_step <= report.step
-        found = find_in_gradients(module.named_parameters()) if has_gradients else None
+        found = find_in_gradients(named) if has_gradients else None
         if found is None and report.loss_nonfinite:
             return Finding("loss", "loss", "nan", 0)
         return found or _UNKNOWN

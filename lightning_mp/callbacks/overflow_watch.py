@@ -1,6 +1,6 @@
 """What the overflow monitor needs around a step: reports for a foreign scaler, the loss again, a saved batch."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,13 +10,15 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor
+from torch.nn import Parameter
+from torch.optim import Optimizer
 
 from lightning_mp.callbacks.batch_window import HeldBatch
 from lightning_mp.grad_scaler import Readback
 from lightning_mp.precision import StepReport
 from lightning_mp.precision.notices import notice_once
 
-__all__ = ["ScalerWatch", "reason_against_replay", "save_batch", "shards_parameters", "training_loss"]
+__all__ = ["ScalerWatch", "parameters_of", "reason_against_replay", "save_batch", "shards_parameters", "training_loss"]
 
 
 @dataclass
@@ -65,6 +67,11 @@ class ScalerWatch:
         # GradScaler has no floor: at zero every gradient is 0/0, and the scale cannot fall further.
         found_inf = after < before or before == 0
         self._listener(StepReport(step, before, found_inf, found_inf))
+
+
+def parameters_of(optimizer: Optimizer) -> Iterator[Parameter]:
+    """Return the parameters that the optimizer steps."""
+    return (parameter for group in optimizer.param_groups for parameter in group["params"])
 
 
 def shards_parameters(trainer: Trainer) -> bool:

@@ -3,6 +3,7 @@
 from lightning_mp.overflow.attribution import Observation, find_culprit
 from lightning_mp.overflow.event import Finding, OverflowEvent, OverflowPhase, describe_event
 from lightning_mp.overflow.gradients import find_in_gradients
+from lightning_mp.overflow.part import part_for
 from lightning_mp.overflow.preserve import RandomState
 from lightning_mp.overflow.probes import ModuleCall, Probes
 from lightning_mp.overflow.replay import copy_containers, replay
@@ -22,5 +23,6 @@ __all__ = [
     "describe_event",
     "find_culprit",
     "find_in_gradients",
+    "part_for",
     "replay",
 ]

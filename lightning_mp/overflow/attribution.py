@@ -8,6 +8,7 @@ What a module made non-finite and another finite again, as a sigmoid does, is ha
 elsewhere too, as in ``x * sigmoid(x)``: the autograd graph tells.
 """
 
+from bisect import bisect
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -20,7 +21,7 @@ from lightning_mp.overflow.probes import ModuleCall
 from lightning_mp.overflow.statistics import Statistics, TensorStats, Wanted, named_tensors
 from lightning_mp.selection import is_normalization
 
-__all__ = ["Observation", "describe_item", "find_culprit"]
+__all__ = ["Observation", "describe_item", "find_culprit", "nodes_before"]
 
 # What of torch.nn is given masked scores: minus infinity is zero probability to them.
 _MASKED = (
@@ -44,6 +45,9 @@ class Observation:
         loss: Places of the unscaled loss.
         loss_nodes: Its nodes in the autograd graph.
         param_grads: Places of the gradients by parameter.
+        backward_starts: Place from which on gradients are those of a loss, one per loss in order.
+        leading: Nodes of the autograd graph; backward is only looked at where calls made one of them. ``None``
+            for everywhere.
     """
 
     model: nn.Module
@@ -53,6 +57,8 @@ class Observation:
     loss: Wanted = field(default_factory=list)
     loss_nodes: list[Any] = field(default_factory=list)
     param_grads: dict[Tensor, Wanted] = field(default_factory=dict)
+    backward_starts: list[int] = field(default_factory=list)
+    leading: set[Any] | None = None
 
     def add_batch(self, batch: Any) -> None:
         """Measure the tensors of the batch; a batch that is one tensor has the path ``"batch"``."""
@@ -61,7 +67,9 @@ class Observation:
 
     def add_loss(self, loss: Tensor) -> None:
         """Measure the loss, or one more of several."""
-        self.loss = [*self.loss, *self.statistics.add([loss])]
+        places = self.statistics.add([loss])
+        self.loss = [*self.loss, *places]
+        self.backward_starts += places
         self.loss_nodes.append(loss.grad_fn)
 
     @property
@@ -130,7 +138,7 @@ class _Forward:
     @cached_property
     def before_loss(self) -> set[Any]:
         """The nodes that the loss was computed from."""
-        return _nodes_before(self.seen.loss_nodes, without=set())
+        return nodes_before(self.seen.loss_nodes, without=set())
 
     def add(self, call: ModuleCall) -> None:
         entered, left = self.seen.stats(call.inputs), self.seen.stats(call.outputs)
@@ -161,7 +169,7 @@ class _Forward:
 
     def _find_mask(self, call: ModuleCall, entered: TensorStats) -> ModuleCall | None:
         """Return the module whose minus infinity came to this call: by the graph, or by its count where it has none."""
-        reached = _nodes_before(call.output_nodes, without=set()) if self.masks else set()
+        reached = nodes_before(call.output_nodes, without=set()) if self.masks else set()
         for mask in reversed(self.masks):
             if not reached.isdisjoint(mask.output_nodes):
                 return mask
@@ -183,11 +191,11 @@ class _Forward:
     def find_used(self, suspects: Sequence[_Suspect], nodes: Sequence[Any]) -> _Suspect | None:
         """Return the first whose values came to ``nodes`` of the graph without what made them finite."""
         finite = {node for call in self.absorbers for node in call.output_nodes}
-        reached = _nodes_before(nodes, without=finite) if suspects else set()
+        reached = nodes_before(nodes, without=finite) if suspects else set()
         return next((s for s in suspects if not reached.isdisjoint(s.call.output_nodes)), None)
 
 
-def _nodes_before(nodes: Sequence[Any], *, without: set[Any]) -> set[Any]:
+def nodes_before(nodes: Sequence[Any], *, without: set[Any]) -> set[Any]:
     """Return these nodes of the autograd graph and all that they were computed from."""
     reached: set[Any] = set()
     waiting = list(nodes)
@@ -273,7 +281,7 @@ def _find_loss(found: _Forward) -> Finding:
 
 
 def _find_in_backward(seen: Observation) -> Finding | None:
-    reached = [call for call in seen.calls if call.backward_started is not None]
+    reached = [call for call in seen.calls if call.backward_started is not None and _leads(seen, call)]
     reached.sort(key=lambda call: call.backward_started or 0)
     culprits = [call for call in reached if _overflows_in_backward(seen, call)]
     call = _innermost_first(culprits)
@@ -282,6 +290,10 @@ def _find_in_backward(seen: Observation) -> Finding | None:
     if call is None or (unexplained is not None and _is_earlier(unexplained, call)):
         call = _innermost_of(unexplained, reached, seen) if unexplained is not None else call
     return None if call is None else _describe_backward(seen, call)
+
+
+def _leads(seen: Observation, call: ModuleCall) -> bool:
+    return seen.leading is None or not seen.leading.isdisjoint(call.output_nodes)
 
 
 def _is_earlier(first: ModuleCall, second: ModuleCall) -> bool:
@@ -294,7 +306,9 @@ def _overflows_in_backward(seen: Observation, call: ModuleCall) -> bool:
 
 def _outgoing(seen: Observation, call: ModuleCall) -> Wanted:
     own = [place for p in call.module.parameters(recurse=False) for place in seen.param_grads.get(p, [])]
-    return [*call.input_grads, *own]
+    # A module that is used for several losses has gradients of each: those of the call's own backward count.
+    backwards = {bisect(seen.backward_starts, place) for place in call.output_grads}
+    return [*call.input_grads, *(place for place in own if bisect(seen.backward_starts, place) in backwards)]
 
 
 def _innermost_first(culprits: list[ModuleCall]) -> ModuleCall | None:

@@ -420,6 +420,151 @@ def test_always_probe_works_under_manual_optimization() -> None:
     assert (event.batch_idx, event.phase, event.fqn) == (BAD, "loss", "loss")
 
 
+class Twins(LightningModule):
+    """Two networks with an optimizer each, and a fault in each that a set of pairs (network, batch) turns on.
+
+    Args:
+        bad: Where the gradients overflow in backward.
+        order: ``"apart"``: backward and step of one network, then of the other. ``"together"``: both backwards
+            before both steps. ``"sum"``: one backward of the sum of both losses.
+        every: Batches per step of each optimizer.
+        kind: The fault, as ``Fault`` knows it.
+    """
+
+    def __init__(
+        self, bad: set[tuple[str, int]], order: str = "apart", *, every: int = 1, fused: bool, kind: str = "blow"
+    ) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.automatic_optimization = False
+        self.g, self.d = self.network(kind), self.network(kind)
+        self.bad, self.order, self.every, self.fused = bad, order, every, fused
+
+    @staticmethod
+    def network(kind: str) -> nn.Sequential:
+        return nn.Sequential(nn.Linear(WIDTH, WIDTH), Blows() if kind == "blow" else Fault(kind), nn.Linear(WIDTH, 1))
+
+    def training_step(self, batch, batch_idx):
+        losses = {}
+        for name, network in (("g", self.g), ("d", self.d)):
+            network[1].is_on = (name, batch_idx) in self.bad
+            losses[name] = network(batch["x"]).float().pow(2).mean()
+            if self.order == "apart":
+                self.manual_backward(losses[name])
+                self.step(name, batch_idx)
+        if self.order == "together":
+            for loss in losses.values():
+                self.manual_backward(loss)
+        elif self.order == "sum":
+            self.manual_backward(losses["g"] + losses["d"])
+        for name in losses if self.order != "apart" else ():
+            self.step(name, batch_idx)
+
+    def step(self, name: str, batch_idx: int) -> None:
+        if batch_idx % self.every == self.every - 1:
+            optimizer = self.optimizers()["gd".index(name)]
+            optimizer.step()
+            optimizer.zero_grad()
+
+    def configure_optimizers(self) -> Any:
+        return [torch.optim.AdamW(m.parameters(), lr=1e-3, fused=self.fused) for m in (self.g, self.d)]
+
+
+class Blows(nn.Module):
+    """Finite in forward; its gradient is infinite where it is on."""
+
+    is_on = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        factor = INF if self.is_on else 1.0
+        out = x.clone()
+        out.register_hook(lambda grad: grad * factor)
+        return out
+
+
+# Two steps per window of batches, that of g first: of batch 0 alone 0 and 1, of batches 0 and 1 together the same.
+ATTRIBUTIONS = [
+    ({("d", 0)}, 1, [(1, 0, "d")]),
+    ({("g", 0), ("d", 0)}, 1, [(0, 0, "g"), (1, 0, "d")]),
+    ({("g", 1), ("d", 2)}, 1, [(2, 1, "g"), (5, 2, "d")]),
+    ({("g", 0), ("d", 1)}, 2, [(0, 0, "g"), (1, 1, "d")]),
+    ({("d", 0), ("g", 1)}, 2, [(0, 1, "g"), (1, 0, "d")]),
+    ({("g", 2), ("d", 2)}, 2, [(2, 2, "g"), (3, 2, "d")]),
+]
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("order", ["apart", "together", "sum"])
+@pytest.mark.parametrize(("bad", "every", "expected"), ATTRIBUTIONS)
+def test_always_probe_names_the_batch_and_the_network_of_the_optimizer_that_overflowed(
+    bad, every, expected, order, fused
+) -> None:
+    monitor = OverflowMonitor(probe="always")
+    fit(Twins(bad, order, every=every, fused=fused), monitor, plugin=MixedPrecision("bf16"), data=batches(4))
+    found = [(e.step, e.batch_idx, e.phase, e.fqn) for e in monitor.events]
+    # The gradient that arrives at the fault is finite, and the one that it hands on is not.
+    assert found == [(step, batch, "backward", f"{network}.1") for step, batch, network in expected]
+
+
+@pytest.mark.parametrize("order", ["apart", "together", "sum"])
+def test_always_probe_names_the_forward_of_the_network_whose_optimizer_overflowed(order) -> None:
+    monitor = OverflowMonitor(probe="always")
+    bad = {("g", 1), ("d", 1)}
+    fit(Twins(bad, order, fused=False, kind="mask"), monitor, plugin=MixedPrecision("bf16"), data=batches(2))
+    found = [(e.step, e.batch_idx, e.phase, e.fqn) for e in monitor.events]
+    assert found == [(2, 1, "forward", "g.1"), (3, 1, "forward", "d.1")]
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("probe", ["gradients", "always"])
+def test_parameter_of_the_optimizer_that_overflowed_is_named_where_both_overflow(probe, fused) -> None:
+    class Hooked(Twins):
+        """Its fault is behind no module: the gradients of both first biases themselves are infinite in batch 1."""
+
+        def training_step(self, batch, batch_idx):
+            self.factor = INF if batch_idx == 1 else 1.0
+            return super().training_step(batch, batch_idx)
+
+        def configure_optimizers(self):
+            for network in (self.g, self.d):
+                network[0].bias.register_hook(lambda grad: grad * self.factor)
+            return super().configure_optimizers()
+
+    monitor = OverflowMonitor(probe=probe)
+    fit(Hooked(set(), "together", fused=fused), monitor, plugin=MixedPrecision("bf16"), data=batches(2))
+    # What the probes see is that the module's gradient arrives finite and that of its parameter is not.
+    name = "0" if probe == "always" else "0.bias"
+    assert [(e.step, e.fqn) for e in monitor.events] == [(2, f"g.{name}"), (3, f"d.{name}")]
+
+
+@pytest.mark.parametrize("is_detached", [False, True])
+def test_generator_is_named_where_the_discriminator_steps_on_its_nonfinite_output(is_detached) -> None:
+    class Adversarial(Twins):
+        """A generator's loss runs through both networks; the discriminator's may have a detached input."""
+
+        @staticmethod
+        def network(kind: str) -> nn.Sequential:
+            return nn.Sequential(nn.Linear(WIDTH, WIDTH), Fault(kind), nn.Linear(WIDTH, WIDTH))
+
+        def training_step(self, batch, batch_idx):
+            self.g[1].is_on = ("g", batch_idx) in self.bad
+            fake = self.g(batch["x"])
+            self.d.requires_grad_(False)
+            self.manual_backward(self.d(fake).float().pow(2).mean(), retain_graph=True)
+            self.d.requires_grad_(True)
+            seen = fake.detach() if is_detached else fake
+            self.optimizers()[1].zero_grad()
+            self.manual_backward(self.d(seen).float().pow(2).mean())
+            for name in "gd":
+                self.step(name, batch_idx)
+
+    monitor = OverflowMonitor(probe="always")
+    model = Adversarial({("g", 1)}, fused=False, kind="mask")
+    fit(model, monitor, plugin=MixedPrecision("bf16"), data=batches(2))
+    # NaN of the generator's forward reaches the parameters of both, one step each.
+    assert [(e.step, e.phase, e.fqn) for e in monitor.events] == [(2, "forward", "g.1"), (3, "forward", "g.1")]
+
+
 @pytest.mark.filterwarnings("ignore:.*`dataloader_iter`")
 def test_dataloader_iter_falls_back_to_a_parameter() -> None:
     class Fetching(Net):
