@@ -133,6 +133,8 @@ class OverflowMonitor(Callback):
         self._window = BatchWindow()
         self._attempted: list[HeldBatch] = []
         self._zeroed_step = 0
+        self._has_stepped = False
+        self._step_handles: list[Any] = []
         self._stepped: Optimizer | None = None  # the latest, where there are several
         self._amaxes: tuple[list[Parameter], Tensor] | None = None
         self._may_lose_gradients = False
@@ -170,6 +172,10 @@ class OverflowMonitor(Callback):
         is_manual = not trainer.lightning_module.automatic_optimization
         if self._method == "always":
             add_to_hook(self, "on_before_backward", self._note_loss)
+        if self._method == "always" and is_manual:
+            # A step past the plugin, which BF16 and FP32 allow, has no report: what it used is no more to blame.
+            hooked = [o for o in trainer.optimizers if hasattr(o, "_optimizer_step_post_hooks")]
+            self._step_handles = [o.register_step_post_hook(self._note_any_step) for o in hooked]
         self._may_lose_gradients = is_manual
         if isinstance(plugin, MixedPrecision):
             self._may_lose_gradients = is_manual or plugin.policy.on_nonfinite == "ignore"
@@ -208,6 +214,8 @@ class OverflowMonitor(Callback):
         self._window.end()
         if self._plugin is not None:
             self._plugin.remove_step_listener(self._on_report)
+        for handle in self._step_handles:
+            handle.remove()
         self.event_log.close()
         self._forget()
 
@@ -217,7 +225,9 @@ class OverflowMonitor(Callback):
         step = trainer.global_step if self._plugin is None else self._plugin.next_step
         held = HeldBatch(copy_containers(batch), batch_idx)
         # Without a replay or probes the last batch is all that is named.
-        self._window.start(held, step, keeps_earlier=self._method != "gradients")
+        can_blame_earlier = self._method != "gradients" and not self._has_stepped
+        self._window.start(held, step, keeps_earlier=can_blame_earlier)
+        self._has_stepped = False
         if self._method == "always":
             held.watch(pl_module, watches_parameters=not shards_parameters(trainer))
 
@@ -240,6 +250,9 @@ class OverflowMonitor(Callback):
             self._stepped = optimizer
         if self._may_lose_gradients and self._loses_gradients(optimizer):
             self._amaxes = gradient_amaxes(optimizer)
+
+    def _note_any_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        self._has_stepped = True
 
     def _note_loss(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         if self._window.running is not None:

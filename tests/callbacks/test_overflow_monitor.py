@@ -380,8 +380,8 @@ def test_manual_optimization_falls_back_to_a_parameter_of_the_optimizer_that_ove
 class StepsByItself(Manual):
     """Steps the optimizers themselves, which BF16 allows, and counts the batches that are still alive."""
 
-    def __init__(self) -> None:
-        super().__init__(fused=False)
+    def __init__(self, *, fused: bool) -> None:
+        super().__init__(fused=fused)
         self.seen: list[weakref.ref[Tensor]] = []
 
     def training_step(self, batch, batch_idx):
@@ -395,7 +395,9 @@ class StepsByItself(Manual):
         return sum(batch() is not None for batch in self.seen)
 
 
-def test_batches_of_steps_past_the_plugin_are_not_held_without_end() -> None:
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("probe", ["replay", "always"])
+def test_batches_of_steps_past_the_plugin_are_not_held_without_end(probe, fused) -> None:
     class Fresh:
         def __len__(self):
             return 12
@@ -408,9 +410,11 @@ def test_batches_of_steps_past_the_plugin_are_not_held_without_end() -> None:
             self.num_alive = pl_module.num_alive()
 
     count = Count()
-    used = trainer(MixedPrecision("bf16"), callbacks=[OverflowMonitor(), count])
-    used.fit(StepsByItself(), Fresh())
+    used = trainer(MixedPrecision("bf16"), callbacks=[OverflowMonitor(probe=probe), count])
+    model = StepsByItself(fused=fused)
+    used.fit(model, Fresh())
     assert count.num_alive <= 2  # the one that the monitor holds, and the loop's
+    assert not any(optimizer._optimizer_step_post_hooks for optimizer in used.optimizers)
 
 
 def test_always_probe_works_under_manual_optimization() -> None:
