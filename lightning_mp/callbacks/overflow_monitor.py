@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from lightning_mp.callbacks.added_hooks import add_to_hook, remove_added_hooks
+from lightning_mp.callbacks.added_hooks import add_to_hook, remove_added_hooks, without_added_hooks
 from lightning_mp.callbacks.batch_window import BatchWindow, HeldBatch
 from lightning_mp.callbacks.event_log import EventLog, gather_events, run_directory
 from lightning_mp.callbacks.interruption import is_alone, is_interrupted, settle_interrupted
@@ -145,8 +145,10 @@ class OverflowMonitor(Callback):
 
     def __getstate__(self) -> dict[str, Any]:
         # The copy that a launcher or deepcopy makes listens to nothing until it trains.
-        fresh = OverflowMonitor(self.probe, self.on_overflow, self.save_batch, self.dirpath)
-        return {**fresh.__dict__, "event_log": self.event_log, "events": list(self.events)}
+        copied = object.__new__(type(self))
+        vars(copied).update(without_added_hooks(vars(self)), events=list(self.events))
+        copied._forget()
+        return vars(copied)
 
     # --- Beginning and end -----------------------------------------------------------------------
 

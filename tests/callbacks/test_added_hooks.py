@@ -1,6 +1,7 @@
 """A monitor's subclass may override any hook: what the monitor does there by itself runs beside it."""
 
 import copy
+import pickle
 from collections import Counter
 from typing import Any
 
@@ -99,6 +100,30 @@ def test_nothing_is_left_on_the_monitor_after_fit_and_its_copies_belong_to_no_ru
     trainer(foreign(), callbacks=[*monitors, copies]).fit(Regression(), batches(2))
     for monitor in (*monitors, *copies.copies):
         assert not [name for name in vars(monitor) if name.startswith("on_") and name != "on_overflow"]
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda monitor: pickle.loads(pickle.dumps(monitor))])
+@pytest.mark.parametrize("base", [CountingOverflow, CountingScale])
+def test_copy_of_a_subclass_keeps_what_it_is_and_drops_what_belongs_to_the_run(base, duplicate) -> None:
+    class Copies(Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            if batch_idx == BAD:
+                self.copied = duplicate(trainer.callbacks[0])
+
+    copies, monitor = Copies(), base()
+    monitor.color = "red"
+    trainer(foreign(), callbacks=[monitor, copies]).fit(Regression(factors={BAD: INF}), batches(NUM))
+    copied = copies.copied
+    assert type(copied) is base
+    assert copied.color == "red"
+    assert copied.calls["on_before_optimizer_step"] == BAD + 1
+    # Of the run it holds no model, no batch and no trainer: it is as small as a few lines, and trains on its own.
+    assert len(pickle.dumps(copied)) < 4096
+    trainer(foreign(), callbacks=[copied]).fit(Regression(factors={0: INF}), batches(2))
+    assert copied.calls["on_before_optimizer_step"] == BAD + 1 + 2
+    found = copied.events if base is CountingOverflow else [r for r in copied.history if r.found_inf]
+    assert [f.step for f in found] == [0]
+    assert monitor.calls["on_before_optimizer_step"] == NUM
 
 
 def test_neither_monitor_makes_the_plugin_call_hooks_in_automatic_optimization() -> None:
