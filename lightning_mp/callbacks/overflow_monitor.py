@@ -89,7 +89,9 @@ class OverflowMonitor(Callback):
         save_batch: Whether to write the batch to ``overflow-step{step}-rank{rank}.pt``, a dict of
             ``batch``, ``batch_idx``, ``step``, ``rng`` (``"cpu"``, ``"cuda"``) and ``loss_scale``. The
             rank of the event writes its batch; where gradients alone are known, which DDP adds up over
-            the ranks, each rank writes its own, since any may be the cause.
+            the ranks, each rank writes its own, since any may be the cause. Where gradients alone are
+            known under accumulation, ``batch_idx`` and the batch written are the last of the step, and
+            any of its batches may be the cause.
         dirpath: Directory of event log and batches; ``None`` for that of the logger.
 
     Attributes:
