@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from lightning_mp.errors import LossScaleError, OverflowFoundError
+from lightning_mp.errors import LightningMPError, LossScaleError, OverflowFoundError
 from lightning_mp.grad_scaler import Readback
 from lightning_mp.loss_scale import DynamicLossScale, LossScaleRule
 
@@ -216,7 +216,14 @@ class StepLedger:
             LossScaleError: If the scale stayed at its floor for ``floor_patience`` overflows in a row.
         """
         report = self.read(attempt) if attempt.is_counted else self._count(attempt)
-        culprits = [listener(report) for listener in tuple(self.listeners)] if self.listeners else []
+        culprits, failures = [], []
+        for listener in tuple(self.listeners):
+            try:
+                culprits.append(listener(report))
+            except LightningMPError as error:  # those after it are to hear of this step too
+                failures.append(error)
+        if failures:
+            raise failures[0]
         if report.found_inf:
             self._stop_if_asked(attempt, report, next((c for c in culprits if c), None))
         return report

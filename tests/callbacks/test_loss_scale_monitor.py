@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import LearningRateFinder, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.plugins.precision import MixedPrecision as LightningMixedPrecision
 
-from lightning_mp import LossScaleError, LossScaleMonitor, MixedPrecision
+from lightning_mp import LossScaleError, LossScaleMonitor, MixedPrecision, OverflowFoundError, OverflowMonitor
 from lightning_mp.callbacks.health_message import describe_health
 from lightning_mp.grad_scaler import Readback
 from lightning_mp.metrics import ScaleLimits, ScaleRecord
@@ -284,6 +284,15 @@ def test_two_ranks_hold_one_history_and_rank_zero_writes_it(tmp_path):
     ranks = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1)]
     assert ranks[0] == ranks[1] == [[i, 1024.0 if i < 3 else 512.0, i == 2] for i in range(5)]
     assert [event["step"] for event in read_events(tmp_path / "loss_scale.jsonl")] == list(range(5))
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_step_that_another_monitor_ends_the_run_for_is_in_the_history(fused):
+    monitor = LossScaleMonitor(plot=False)
+    run = trainer(MixedPrecision("bf16"), callbacks=[OverflowMonitor(on_overflow="raise"), monitor])
+    with pytest.raises(OverflowFoundError):
+        run.fit(Regression(factors={3: INF}, fused=fused), batches())
+    assert [(record.step, record.skipped) for record in monitor.history] == [(i, i == 3) for i in range(4)]
 
 
 # --- Health ----------------------------------------------------------------------------------------
