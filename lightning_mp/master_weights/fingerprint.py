@@ -10,8 +10,13 @@ __all__ = ["changed_elements", "fingerprints"]
 _WORDS = 64
 _PER_WORD = 4  # BF16 values in an int64
 _BLOCK = _WORDS * _PER_WORD
-# Odd factors: any change of a single word shows, and so do words that change places. Sums wrap.
-_FACTORS = torch.randint(-(2**62), 2**62, (_WORDS,), generator=torch.Generator().manual_seed(0), device="cpu") * 2 + 1
+# Odd factors: words that change places show. Sums wrap, so that the upper half of a word, whose products lose their
+# upper bits, counts once more by itself: else a column of width 4 that goes from 2.0 to 0 keeps 2 bits.
+_FACTORS, _FACTORS_OF_UPPER = (
+    torch.randint(-(2**62), 2**62, (2, _WORDS), generator=torch.Generator().manual_seed(0), device="cpu") * 2 + 1
+)
+# 256 KB of words: their upper halves are made and used within the cache.
+_NUM_BLOCKS = 512
 _ZEROS = torch.zeros(_BLOCK, dtype=torch.bfloat16, device="cpu")
 # Smaller tensors are copied into one block first, because each call of torch costs more than they do.
 _SMALL = 2**15
@@ -72,14 +77,21 @@ def _direct(flat: Tensor) -> Tensor:
 
 
 def _weighted(words: Tensor) -> Tensor:
-    factors = _FACTORS if words.device.type == "cpu" else _FACTORS.to(words.device)
+    factors = [each.to(words.device) for each in (_FACTORS, _FACTORS_OF_UPPER)]
     whole = words.numel() // _WORDS * _WORDS
-    parts = []
-    if whole:
-        blocks = words[:whole].view(-1, _WORDS)
-        # Only the CPU multiplies matrices of int64.
-        parts.append(torch.mv(blocks, factors) if words.device.type == "cpu" else (blocks * factors).sum(1))
+    found = words.new_empty(-(-words.numel() // _WORDS))
+    for start in range(0, whole, _NUM_BLOCKS * _WORDS):
+        blocks = words[start : min(start + _NUM_BLOCKS * _WORDS, whole)].view(-1, _WORDS)
+        at = start // _WORDS
+        found[at : at + len(blocks)] = _sums(blocks, factors)
     if whole < words.numel():
-        rest = words[whole:]
-        parts.append((rest * factors[: rest.numel()]).sum().view(1))
-    return parts[0] if len(parts) == 1 else torch.cat([*parts, words[:0]])
+        rest = words[whole:].view(1, -1)
+        found[-1:] = _sums(rest, [each[: rest.numel()] for each in factors])
+    return found
+
+
+def _sums(blocks: Tensor, factors: Sequence[Tensor]) -> Tensor:
+    upper = blocks >> 32
+    if blocks.device.type == "cpu":
+        return torch.addmv(torch.mv(blocks, factors[0]), upper, factors[1])
+    return (blocks * factors[0] + upper * factors[1]).sum(1)  # only the CPU multiplies matrices of int64

@@ -49,5 +49,18 @@ def test_elements_that_change_places_are_found() -> None:
         assert not torch.equal(fingerprint(swapped), before)
 
 
+@pytest.mark.parametrize("rows", [64, 4096])
+@pytest.mark.parametrize("width", [1, 2, 4, 8, 16, 32, 64, 128, 256])
+@pytest.mark.parametrize(("old", "new"), [(2.0, 0.0), (1.0, float("inf")), (1.0, -1.0), (0.0, -0.0), (0.5, 0.25)])
+def test_a_column_that_is_written_shows_in_every_block(width: int, rows: int, old: float, new: float) -> None:
+    # Their differences are the same power of two in every row, at the same place of every word.
+    table = torch.randn(rows, width).bfloat16()
+    for column in {0, width // 2, width - 2, width - 1} - {-1}:
+        table[:, column] = old
+        before = fingerprint(table.view(-1))
+        table[:, column] = new
+        assert bool((fingerprint(table.view(-1)) != before).all())
+
+
 def test_a_fingerprint_takes_a_64th_of_what_it_stands_for() -> None:
     assert fingerprint(torch.zeros(2**16, dtype=torch.bfloat16)).nbytes == 2**17 // 64
