@@ -97,9 +97,8 @@ class _ModuleHooks(OwnHook):
         state_dict, prefix = source
         for name, master in self._owned():
             value = state_dict.get(prefix + name)
-            # Else the module was given something else since, which is a write from outside.
-            if isinstance(value, Tensor) and _was_copied(value, master.param):
-                master.assign(value.view(master.param.shape))
+            if isinstance(value, Tensor) and fits(value, master.param):
+                master.assign(_loaded_value(value.detach().view(master.param.shape), master.param.detach()))
 
     def _owned(self) -> list[tuple[str, Master]]:
         if self._module is None:
@@ -154,12 +153,13 @@ def _is_checked_above(root: nn.Module, prefix: str) -> bool:
     return False
 
 
-def _was_copied(value: Tensor, param: nn.Parameter) -> bool:
-    """Tell whether ``param`` holds what ``param.copy_(value)`` gives, bit for bit."""
-    if not fits(value, param):
-        return False
-    copied = torch.empty_like(param).copy_(value.detach().view(param.shape))
-    return torch.equal(copied.reshape(-1).view(torch.int16), param.detach().reshape(-1).view(torch.int16))
+def _loaded_value(value: Tensor, param: Tensor) -> Tensor:
+    """Return ``value`` in FP32 where ``param`` still holds what torch copied from it, else what was written since."""
+    copied = torch.empty_like(param).copy_(value)
+    if torch.equal(copied.reshape(-1).view(torch.int16), param.reshape(-1).view(torch.int16)):
+        return value
+    is_copied = (copied == param) | (copied.isnan() & param.isnan())
+    return torch.where(is_copied, value.to(param.device, torch.float32), param.to(torch.float32))
 
 
 class _FP32Pickle:

@@ -6,8 +6,10 @@ written from outside since it was last published is taken over when it is loaded
 storing work on many parameters at once, because each call of torch costs more than a small tensor.
 """
 
+import functools
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +19,9 @@ from lightning_mp.errors import UnsupportedError
 from lightning_mp.master_weights.scratch import Scratch
 from lightning_mp.master_weights.split import flat_view, publish_, round_
 
-__all__ = ["CopyMaster", "Master", "NoMaster", "cast_param_", "new_stand_in"]
+__all__ = ["CopyMaster", "Master", "NoMaster", "cast_param_", "new_stand_in", "outside_inference_mode"]
+
+_F = TypeVar("_F", bound=Callable[..., Any])
 
 
 def cast_param_(param: nn.Parameter, dtype: torch.dtype) -> None:
@@ -36,6 +40,22 @@ def new_stand_in(param: nn.Parameter, value: Tensor) -> nn.Parameter:
     stand_in = nn.Parameter(value)
     stand_in.__dict__ = param.__dict__
     return stand_in
+
+
+def outside_inference_mode(method: _F) -> _F:
+    """Run a method out of inference mode: what it keeps is for training to use.
+
+    A callback that samples in inference mode may save a checkpoint there.
+    """
+
+    @functools.wraps(method)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if not torch.is_inference_mode_enabled():
+            return method(*args, **kwargs)
+        with torch.inference_mode(False), torch.no_grad():
+            return method(*args, **kwargs)
+
+    return call  # type: ignore[return-value]
 
 
 class Master(ABC):
@@ -101,6 +121,7 @@ class Master(ABC):
     def settle_writes(self) -> None:  # noqa: B027 - only some kinds have anything to note
         """Regard the parameter as published: what was written to it so far is the master's own."""
 
+    @outside_inference_mode
     def move_(self) -> None:
         """Follow the parameter: to its device, and back from another dtype that ``param.data = ...`` gave it."""
         if self.param.dtype is not self._param_dtype:
@@ -122,6 +143,7 @@ class Master(ABC):
         param.grad = grad if grad is None or grad_dtype is None else grad.to(grad_dtype)
         self.assign(value)
 
+    @outside_inference_mode
     def restore_(self) -> None:
         """Give the parameter its FP32 value for good."""
         is_own = self.param.dtype is not self._param_dtype
@@ -173,17 +195,20 @@ class CopyMaster(Master):
         for master in masters:
             master._version = master._master._version
 
+    @outside_inference_mode
     def value(self) -> Tensor:
         self.move_()
         self._take_over()
         return self._master.detach()
 
+    @outside_inference_mode
     @torch.no_grad()
     def assign(self, value: Tensor) -> None:
         self.move_()
         self._master.copy_(value)
         self._publish()
 
+    @outside_inference_mode
     def move_(self) -> None:
         master, param = self._master, self.param
         if param.dtype is not self._param_dtype:
@@ -261,9 +286,10 @@ class NoMaster(Master):
     def value(self) -> Tensor:
         return self.param.detach().to(torch.float32)
 
+    @outside_inference_mode
+    @torch.no_grad()
     def assign(self, value: Tensor) -> None:
-        with torch.no_grad():
-            self.param.copy_(value)
+        self.param.copy_(value)
 
     def restore_(self) -> None:
         """Keep the 16-bit parameter: there is nothing to restore."""

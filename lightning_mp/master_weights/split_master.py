@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from lightning_mp.master_weights.fingerprint import changed_elements, fingerprints
-from lightning_mp.master_weights.masters import Master, new_stand_in
+from lightning_mp.master_weights.masters import Master, new_stand_in, outside_inference_mode
 from lightning_mp.master_weights.scratch import Scratch
 from lightning_mp.master_weights.split import flat_view, join_, split_
 
@@ -28,8 +28,9 @@ class SplitMaster(Master):
 
     On other devices reading a fingerprint would wait for the device. There a write through the parameter
     (``weight.zero_()`` under ``no_grad``) is seen by its version counter, and the first one replaces the
-    whole master. A write through ``.data`` leaves no mark: the master then rounds to the value written,
-    within half a BF16 ulp of it.
+    whole master. A write through ``.data``, as of ``vector_to_parameters``, leaves no mark there: the further
+    bits of before join the value written, which stays within half a BF16 ulp, but zero and infinity may become
+    NaN.
     """
 
     def __init__(self, param: nn.Parameter, param_dtype: torch.dtype) -> None:
@@ -88,6 +89,7 @@ class SplitMaster(Master):
                 master._published.copy_(master.param)
         cls._settle_all(masters)
 
+    @outside_inference_mode
     @torch.no_grad()
     def value(self) -> Tensor:
         his, los = self._halves([self])
@@ -95,6 +97,7 @@ class SplitMaster(Master):
         join_(his, los, [flat_view(value)])
         return value
 
+    @outside_inference_mode
     @torch.no_grad()
     def assign(self, value: Tensor) -> None:
         self.move_()
@@ -107,6 +110,7 @@ class SplitMaster(Master):
     def settle_writes(self) -> None:
         self._settle_all([self])
 
+    @outside_inference_mode
     def take_writes_(self) -> None:
         # Compared by content on any device, once: strategies and DDP touch parameters without changing them.
         found = fingerprints([flat_view(self.param)])[0].cpu()
@@ -136,6 +140,7 @@ class SplitMaster(Master):
             return []
         return [m for m, now, then in zip(masters, found, expected, strict=True) if not torch.equal(now, then)]
 
+    @outside_inference_mode
     def move_(self) -> None:
         if self.param.dtype is not self._param_dtype:
             self._take_whole_()

@@ -270,3 +270,39 @@ def test_a_step_with_16_bit_gradients_and_clipping_waits_for_no_device() -> None
             torch.cuda.set_sync_debug_mode("default")
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("case", ["read", "write", "layout", "dtype"])
+@pytest.mark.parametrize("mode", ["copy", "split"])
+def test_training_goes_on_after_a_checkpoint_was_taken_in_inference_mode(mode: str, case: str) -> None:
+    def run(mode: str | None) -> dict[str, torch.Tensor]:
+        torch.manual_seed(0)
+        conv = nn.Conv2d(4, 4, 3)
+        with torch.no_grad():
+            conv.weight.copy_(conv.weight.bfloat16())
+        optimizer = torch.optim.SGD(conv.parameters(), lr=0.5)
+        masters = MasterWeights(mode) if mode else None  # type: ignore[arg-type]
+        if masters is not None:
+            masters.convert_(conv)
+            masters.attach([optimizer], accumulates=False)
+        if case == "write":
+            with torch.no_grad():
+                conv.weight[1].zero_()
+        elif case == "layout":
+            conv.to(memory_format=torch.channels_last)
+        elif case == "dtype":
+            conv.weight.data = conv.weight.data.float()
+        with torch.inference_mode():
+            conv.state_dict()
+        for param in conv.parameters():
+            param.grad = torch.ones_like(param)
+        optimizer.step()
+        state = {key: value.clone() for key, value in conv.state_dict().items()}
+        conv.load_state_dict(state)
+        if masters is not None:
+            masters.detach()
+        assert all(torch.equal(value, state[key]) for key, value in conv.state_dict().items())
+        return state
+
+    expected, found = run(None), run(mode)
+    assert all(torch.equal(found[key], value) for key, value in expected.items())

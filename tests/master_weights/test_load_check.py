@@ -417,3 +417,18 @@ def test_old_names_that_a_hook_of_torch_knows_are_loaded() -> None:
     plain.load_state_dict(old)
     ours.load_state_dict(old)
     assert_same(bits(ours), bits(plain))
+
+
+@pytest.mark.parametrize("mode", ["copy", "split"])
+def test_rows_that_a_module_writes_after_loading_leave_the_others_in_fp32(mode: str) -> None:
+    class Padded(nn.Embedding):
+        def _load_from_state_dict(self, *args: Any) -> None:
+            super()._load_from_state_dict(*args)
+            with torch.no_grad():
+                self.weight[0].zero_()
+
+    model = nn.Sequential(Padded(40, 64))
+    MasterWeights(mode).convert_(model)  # type: ignore[arg-type]
+    value = torch.randn(40, 64)
+    model.load_state_dict({"0.weight": value})
+    assert torch.equal(model.state_dict()["0.weight"], torch.cat([torch.zeros(1, 64), value[1:]]))
