@@ -128,7 +128,10 @@ class Master(ABC):
             self._take_whole_()
 
     def _take_whole_(self) -> None:
-        """Make the value that was assigned through ``.data`` the master's, as it is, and cast the parameter again."""
+        """Make the value that was assigned through ``.data`` the master's, as it is, and cast the parameter again.
+
+        Where it is the published value, as after ``module.float()``, the master keeps its own.
+        """
         param = self.param
         if self.is_under_ddp:
             raise UnsupportedError(
@@ -136,12 +139,16 @@ class Master(ABC):
                 f".data, which disconnects a {self._param_dtype} parameter from DDP, in silence. Write values with "
                 "`with torch.no_grad(): weight.copy_(value)`."
             )
-        value = param.detach().to(torch.float32, copy=True)
+        value = self._with_own_bits(param.detach().to(torch.float32, copy=True))
         grad, grad_dtype = param.grad, param.grad_dtype
         cast_param_(param, self._param_dtype)
         param.grad_dtype = grad_dtype
         param.grad = grad if grad is None or grad_dtype is None else grad.to(grad_dtype)
         self.assign(value)
+
+    def _with_own_bits(self, value: Tensor) -> Tensor:
+        """Return FP32 ``value`` with the master's value where it is only what was published of that."""
+        return value
 
     @outside_inference_mode
     def restore_(self) -> None:
@@ -215,6 +222,13 @@ class CopyMaster(Master):
             self._take_whole_()
         if master.device != param.device or master.stride() != param.stride():
             master.data = torch.empty_like(param, dtype=torch.float32).copy_(master)
+
+    @torch.no_grad()
+    def _with_own_bits(self, value: Tensor) -> Tensor:
+        master = self._master.detach()
+        published = torch.empty_like(master, dtype=self._param_dtype)
+        publish_(flat_view(master), flat_view(published))
+        return torch.where(value == published.to(value.device), master.to(value.device), value)
 
     @torch.no_grad()
     def _publish(self) -> None:

@@ -155,6 +155,22 @@ class SplitMaster(Master):
         if self._published is not None:
             self._published = _like(self._published, self.param)
 
+    @torch.no_grad()
+    def _with_own_bits(self, value: Tensor) -> Tensor:
+        cast = torch.empty_like(self._lo, dtype=self._param_dtype).copy_(value)
+        if self._published is not None:
+            is_own = self._published.view(torch.int16) == cast.view(torch.int16)
+        elif self._fingerprint.numel() > 0 and cast.device.type == "cpu":
+            flat = flat_view(cast)
+            changed = changed_elements(self._fingerprint, fingerprints([flat])[0], flat)
+            is_own = ~torch.empty_like(cast, dtype=torch.bool).copy_(_shaped(changed, cast))
+        else:
+            return value
+        joined = torch.empty_like(cast, dtype=torch.float32)
+        join_([flat_view(cast)], [flat_view(self._lo)], [flat_view(joined)])
+        is_own = is_own.to(value.device) & (value == cast.to(value.device))
+        return torch.where(is_own, joined.to(value.device), value)
+
     @staticmethod
     def _halves(masters: Sequence["SplitMaster"]) -> tuple[list[Tensor], list[Tensor]]:
         for master in masters:
@@ -200,6 +216,6 @@ def _fingerprints_on_cpu(masters: Sequence[SplitMaster]) -> list[Tensor]:
     return fingerprints([flat_view(master.param) for master in masters])
 
 
-def _shaped(value: Tensor, param: nn.Parameter) -> Tensor:
+def _shaped(value: Tensor, param: Tensor) -> Tensor:
     """View one-dimensional memory in the shape and strides of ``param``."""
     return value.view(param.shape) if param.is_contiguous() else value.as_strided(param.shape, param.stride())

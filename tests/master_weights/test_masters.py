@@ -70,6 +70,24 @@ def test_a_parameter_laid_out_anew_in_training_keeps_every_bit(kind: type[Master
     assert same_bits(master.value(), value)
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("kind", [CopyMaster, SplitMaster])
+def test_another_dtype_with_the_same_values_changes_no_master(
+    kind: type[Master], dtype: torch.dtype, layout: Any
+) -> None:
+    param, master, value = make(kind, torch.randn(16, 16, 3, 3))
+    param.data = param.data.to(dtype, memory_format=layout)
+    assert same_bits(master.value(), value)
+    assert param.dtype is torch.bfloat16
+    # And with one value changed by less than the master's own bits, that one alone.
+    param.data = param.data.to(dtype)
+    param.data[3, 2, 1, 0] += 1e-6
+    expected = value.clone()
+    expected[3, 2, 1, 0] = param.data[3, 2, 1, 0]
+    assert same_bits(master.value(), expected)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_was_written_before_a_parameter_is_laid_out_anew_is_taken_over(kind: type[Master]) -> None:
     param, master, value = make(kind, torch.randn(16, 16, 3, 3))
