@@ -272,6 +272,7 @@ class MasterWeights:
             self.gradients,
             bucket_numel=self.bucket_numel,
             before_step=self._before_step,
+            tell=self.tell,
         )
         if self._reducer is not None and step.fused is not None:
             step.fused.process_group = self._reducer.ddp.process_group

@@ -7,6 +7,7 @@ schedulers see one step. ``load_state_dict`` runs on FP32 placeholders, because 
 state to the dtype of the parameter.
 """
 
+import warnings
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -34,6 +35,8 @@ _HOOKS = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
 # Schedule-free optimizers average the weights in these.
 _SWITCHES = ("train", "eval")
 
+_NARROW = (torch.bfloat16, torch.float16)
+
 _Bucket = list[tuple[int, nn.Parameter]]
 
 
@@ -47,6 +50,7 @@ class MasterStep:
         gradients: Gives the FP32 gradients.
         bucket_numel: Elements that stand in at once; a larger parameter is a bucket of its own.
         before_step: Called at the start of each step, before gradients are read.
+        tell: Called with a text where 16-bit parameters without a master are stepped, once.
     """
 
     def __init__(
@@ -57,8 +61,11 @@ class MasterStep:
         *,
         bucket_numel: int,
         before_step: Callable[[], None],
+        tell: Callable[[str], None] = warnings.warn,
     ) -> None:
         self.optimizer = optimizer
+        self._tell = tell
+        self._has_told = False
         self._masters = masters
         self._gradients = gradients
         self._bucket_numel = bucket_numel
@@ -213,6 +220,8 @@ class MasterStep:
         """Return what the optimizer updates instead of each parameter, with its gradient."""
         stand_ins = {param: param for param in params}
         mastered = [param for param in params if param in self._masters]
+        if len(mastered) < len(params):
+            self._look_at_strangers(params)
         masters = [self._masters[param] for param in mastered]
         if not masters:
             return stand_ins
@@ -225,6 +234,19 @@ class MasterStep:
             stand_in.grad = grad
             stand_ins[param] = stand_in
         return stand_ins
+
+    def _look_at_strangers(self, params: list[nn.Parameter]) -> None:
+        """Say once that 16-bit parameters are stepped which were made after masters were taken."""
+        if self._has_told or isinstance(next(iter(self._masters.values()), None), NoMaster):
+            return
+        narrow = [param for param in params if param not in self._masters and param.dtype in _NARROW]
+        if narrow:
+            self._has_told = True
+            self._tell(
+                f"master_weights: {type(self.optimizer).__name__} steps a {narrow[0].dtype} parameter of shape "
+                f"{tuple(narrow[0].shape)} that was made during the fit and has no FP32 master, so that small updates "
+                "are rounded away. Make it before the fit, or in FP32: nn.Parameter(weight.detach().float())."
+            )
 
     def _publish(self, stand_ins: dict[nn.Parameter, nn.Parameter], scratch: Scratch) -> None:
         mastered = [param for param in stand_ins if param in self._masters]

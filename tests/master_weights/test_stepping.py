@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -430,3 +431,23 @@ def test_sparse_gradients_reach_the_master() -> None:
         table(torch.tensor([1, 3, 3])).float().sum().backward()
         optimizer.step()
     assert_same_bits([masters.value_of(tables[0].weight)], [tables[1].weight.detach()])
+
+
+@pytest.mark.parametrize("mode", ["copy", "split", "none"])
+def test_a_16_bit_parameter_made_during_the_fit_is_told_about_once(mode: str) -> None:
+    module = nn.Linear(4, 4)
+    masters = MasterWeights(mode)  # type: ignore[arg-type]
+    masters.convert_(module)
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+    masters.attach([optimizer], accumulates=False)
+    made, fp32 = nn.Parameter(module.weight.detach().clone()), nn.Parameter(torch.zeros(3))
+    optimizer.add_param_group({"params": [made, fp32]})
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            for param in (*module.parameters(), made, fp32):
+                param.grad = torch.ones_like(param)
+            optimizer.step()
+    told = [str(warning.message) for warning in caught if "has no FP32 master" in str(warning.message)]
+    assert len(told) == (mode != "none")
+    assert all("SGD steps a torch.bfloat16 parameter of shape (4, 4)" in text for text in told)
