@@ -51,5 +51,5 @@ class Readback:
         """Return the numbers of 0-dim tensors of one device, now: one read."""
         if values[0].is_cpu:
             cls.count += 1
-            return [v.item() for v in values]
+            return list(map(Tensor.item, values))
         return cls.read(torch.stack(list(values)))

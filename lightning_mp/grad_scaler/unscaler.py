@@ -95,6 +95,7 @@ class GradientUnscaler:
                     _values(grad).mul_(ratio.to(grad.device))
 
     def _unscale_all_(self, optimizer: Optimizer) -> Tensor | None:
+        known: list[Tensor] = []
         if self._marks:
             fresh, known = self._mark_fresh(optimizer)
         else:
@@ -107,10 +108,11 @@ class GradientUnscaler:
                     # Most are what _values would return: asked here, because the call costs more than the question.
                     is_plain = type(grad) is Tensor and grad.dtype is torch.float32 and grad.layout is torch.strided
                     fresh.append(grad if is_plain else _values(grad))
-            known = []
         if not fresh and not known:
             return None
-        found_inf = self._new_zero((fresh or known)[0].device)
+        device = (fresh or known)[0].device
+        zeros = self._zeros.get(device)
+        found_inf = zeros.pop() if zeros else self._new_zero(device)
         self._check_and_multiply_(fresh, found_inf, scaled=self._scaler is not None)
         if known:
             self._check_and_multiply_(known, found_inf, scaled=False)
@@ -135,7 +137,9 @@ class GradientUnscaler:
 
     def _check_and_multiply_(self, grads: list[Tensor], found_inf: Tensor, *, scaled: bool) -> None:
         for device, group in _by_device_and_dtype(grads):
-            factor = self._inverse_scale(device) if scaled else self._one(device)
+            factor = self._inverse_scale(device) if scaled else self._ones.get(device)
+            if factor is None:
+                factor = self._ones[device] = torch.ones((), device=device)
             found = found_inf if device == found_inf.device else self._new_zero(device)
             torch._amp_foreach_non_finite_check_and_unscale_(group, found, factor)
             if found is not found_inf:
@@ -147,11 +151,6 @@ class GradientUnscaler:
         if not zeros:
             zeros = self._zeros[device] = list(torch.zeros(_NUM_ZEROS, device=device).unbind())
         return zeros.pop()
-
-    def _one(self, device: torch.device) -> Tensor:
-        if device not in self._ones:
-            self._ones[device] = torch.ones((), device=device)
-        return self._ones[device]
 
     def _inverse_scale(self, device: torch.device) -> Tensor:
         scale = self._scaler.scale_tensor(device)  # type: ignore[union-attr]
@@ -183,11 +182,13 @@ def _by_device_and_dtype(grads: list[Tensor]) -> list[tuple[torch.device, list[T
     """Return the tensors in groups that one kernel can treat; nearly always there is one."""
     if not grads:
         return []
-    # Compared, not looked up: hashing a device costs more than all the rest.
     device, dtype = grads[0].device, grads[0].dtype
-    same = [grad for grad in grads if grad.dtype is dtype and grad.device == device]
-    if len(same) == len(grads):
+    for grad in grads:
+        if grad.dtype is not dtype or grad.device != device:
+            break
+    else:
         return [(device, grads)]
+    same = [grad for grad in grads if grad.dtype is dtype and grad.device == device]
     rest = [grad for grad in grads if grad.dtype is not dtype or grad.device != device]
     return [(device, same), *_by_device_and_dtype(rest)]
 
