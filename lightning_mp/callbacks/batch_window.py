@@ -55,7 +55,8 @@ class BatchWindow:
 
     def start(self, held: HeldBatch, step: int, *, keeps_earlier: bool = True) -> None:
         """Begin with a batch of ``step``; ``keeps_earlier`` tells whether earlier ones of this step can be blamed."""
-        self.drop_running()
+        if self.running is not None:
+            self.drop_running()
         if step != self.step:
             self._previous, self._batches, self.step = self._batches, [], step
         elif not keeps_earlier:
@@ -65,9 +66,9 @@ class BatchWindow:
 
     def end(self) -> None:
         """Note that the running batch was computed, if there is one."""
-        if self.running is not None:
-            self.running.unwatch()
-            self.running = None
+        running, self.running = self.running, None
+        if running is not None and running.seen is not None:
+            running.unwatch()
 
     def drop_running(self) -> None:
         """Forget a batch that was started and never computed: ``on_train_batch_start`` may return -1."""
