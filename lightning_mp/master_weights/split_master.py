@@ -158,18 +158,21 @@ class SplitMaster(Master):
     @torch.no_grad()
     def _with_own_bits(self, value: Tensor) -> Tensor:
         cast = torch.empty_like(self._lo, dtype=self._param_dtype).copy_(value)
-        if self._published is not None:
-            is_own = self._published.view(torch.int16) == cast.view(torch.int16)
-        elif self._fingerprint.numel() > 0 and cast.device.type == "cpu":
-            flat = flat_view(cast)
-            changed = changed_elements(self._fingerprint, fingerprints([flat])[0], flat)
-            is_own = ~torch.empty_like(cast, dtype=torch.bool).copy_(_shaped(changed, cast))
-        else:
-            return value
         joined = torch.empty_like(cast, dtype=torch.float32)
         join_([flat_view(cast)], [flat_view(self._lo)], [flat_view(joined)])
-        is_own = is_own.to(value.device) & (value == cast.to(value.device))
+        is_own = ~self._changed(cast).to(value.device) & (value == cast.to(value.device))
         return torch.where(is_own, joined.to(value.device), value)
+
+    def _changed(self, bits: Tensor) -> Tensor:
+        """Mark the elements of ``bits``, in the order of what is kept, that may not be those that were published."""
+        if self._published is not None:
+            return self._published.view(torch.int16) != bits.view(torch.int16)
+        marked = torch.ones_like(bits, dtype=torch.bool)
+        if self._fingerprint.numel() > 0:
+            flat = flat_view(bits)
+            found = fingerprints([flat])[0].cpu()
+            flat_view(marked).copy_(changed_elements(self._fingerprint, found, flat))
+        return marked
 
     @staticmethod
     def _halves(masters: Sequence["SplitMaster"]) -> tuple[list[Tensor], list[Tensor]]:
@@ -188,18 +191,8 @@ class SplitMaster(Master):
     def _take_over(self, bits: Tensor | None = None) -> None:
         """Let what was written replace the master: found in ``bits``, the parameter's in the order of what is kept."""
         bits = self.param.detach() if bits is None else bits
-        if self._published is None:
-            flat, before = flat_view(bits), self._fingerprint
-            if before.numel() > 0:
-                found = fingerprints([flat])[0].cpu()
-                flat_view(self._lo).masked_fill_(changed_elements(before, found, flat), 0)
-            else:
-                self._lo.zero_()
-            self._published = bits.clone()
-        else:
-            changed = self._published.view(torch.int16) != bits.view(torch.int16)
-            self._lo.masked_fill_(changed, 0)
-            self._published.copy_(bits)
+        self._lo.masked_fill_(self._changed(bits), 0)
+        self._published = bits.clone()
         self.settle_writes()
 
 
