@@ -243,7 +243,9 @@ def test_transformer_engine_adam_without_its_own_masters_is_accepted() -> None:
     module = nn.Linear(4, 4)
     masters = MasterWeights("split")
     masters.convert_(module)
-    masters.attach([FusedAdam(module.parameters(), lr=0.1, master_weights=False)])
+    optimizer = FusedAdam(module.parameters(), lr=0.1, master_weights=False)
+    masters.attach([optimizer])
+    assert masters.step_path(optimizer).startswith("generic path")
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")  # torch 2.13 imports it there
@@ -284,14 +286,18 @@ def test_an_optimizer_that_cannot_be_tried_is_not_judged() -> None:
     module = nn.Linear(4, 4)
     masters = MasterWeights("split")
     masters.convert_(module)
-    masters.attach([Picky(module.parameters(), lr=0.1)])
+    optimizer = Picky(module.parameters(), lr=0.1)
+    masters.attach([optimizer])
+    assert "step" in vars(optimizer)
 
 
 def test_none_takes_any_optimizer() -> None:
     module = nn.Linear(4, 4)
     masters = MasterWeights("none")
     masters.convert_(module)
-    masters.attach([FlatBuffer(module.parameters(), lr=0.1)])
+    optimizer = FlatBuffer(module.parameters(), lr=0.1)
+    masters.attach([optimizer])
+    assert "step" in vars(optimizer)
 
 
 def test_adagrad_starts_from_the_unrounded_accumulator() -> None:
