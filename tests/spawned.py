@@ -1,11 +1,19 @@
-"""What a rank that Lightning's ``ddp_spawn`` starts needs at its end."""
+"""What tests that start ranks share: a port to meet at, and a clean end."""
 
 import atexit
+import socket
 
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-__all__ = ["EndsItsProcessGroup"]
+__all__ = ["EndsItsProcessGroup", "free_port"]
+
+
+def free_port() -> int:
+    """Return a port of this machine that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 class EndsItsProcessGroup(Callback):

@@ -1,7 +1,6 @@
 """The step before an exception is in both monitors, and the exception is what the user sees."""
 
 import os
-import socket
 import warnings
 from typing import Any
 
@@ -15,6 +14,7 @@ from lightning.pytorch.strategies import DDPStrategy
 
 from lightning_mp import LossScaleMonitor, MixedPrecision, OverflowMonitor
 from tests.models import INF, Regression, batches, trainer
+from tests.spawned import free_port
 
 pytestmark = pytest.mark.filterwarnings("ignore:OverflowMonitor. step")
 
@@ -86,10 +86,10 @@ def alone_worker(rank: int, port: int, folder: str) -> None:
             if batch_idx == BAD + 1:
                 if rank == 1:
                     raise RuntimeError("the disk is full")
-                store.wait(["settled"])
+                store.wait([f"settled-{probe}"])
                 raise KeyError("the other rank is gone")
 
-    store = dist.TCPStore("127.0.0.1", port + 1 if port < 65535 else port - 1, 2, rank == 0)
+    store = dist.FileStore(f"{folder}/store", 2)
     for probe in ("replay", "gradients", "always"):
         overflow, scale = OverflowMonitor(probe=probe), LossScaleMonitor(plot=False)
         used = trainer(
@@ -105,16 +105,10 @@ def alone_worker(rank: int, port: int, folder: str) -> None:
         assert [(e.step, e.rank) for e in overflow.events] == [(BAD, rank)], (probe, overflow.events)
         assert [r.step for r in scale.history] == list(range(BAD + 1)), (probe, scale.history)
         if rank == 1:
-            store.set("settled", "yes")
-        dist.barrier()
-        if rank == 0:
-            store.delete_key("settled")
+            store.set(f"settled-{probe}", "yes")
         dist.barrier()
     dist.destroy_process_group()
 
 
 def test_rank_that_ends_by_itself_settles_without_waiting_for_the_other(tmp_path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = int(free.getsockname()[1])
-    mp.spawn(alone_worker, (port, str(tmp_path)), nprocs=2)
+    mp.spawn(alone_worker, (free_port(), str(tmp_path)), nprocs=2)

@@ -4,7 +4,6 @@ import copy
 import json
 import os
 import random
-import socket
 import warnings
 import weakref
 from pathlib import Path
@@ -31,6 +30,7 @@ from lightning_mp.callbacks import OverflowEvent
 from lightning_mp.errors import SettingValueError
 from lightning_mp.grad_scaler import Readback
 from tests.models import INF, trainer
+from tests.spawned import free_port
 
 pytestmark = pytest.mark.filterwarnings("ignore:OverflowMonitor. step")
 
@@ -904,12 +904,6 @@ def rank_worker(rank: int, port: int, folder: str) -> None:
     names = sorted(path.name for path in Path(folder).glob("*.pt"))
     assert f"overflow-step{BAD}-rank1.pt" in names
     dist.destroy_process_group()
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
 
 
 def test_two_ranks_name_the_culprit_of_the_rank_that_has_it(tmp_path) -> None:

@@ -2,7 +2,6 @@
 
 import copy
 import os
-import socket
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from lightning_mp import MixedPrecision
 from lightning_mp.errors import UnsupportedError
 from tests.models import batches, trainer
+from tests.spawned import free_port
 
 WORLD = 2
 
@@ -100,12 +100,6 @@ def worker(rank: int, port: int, folder: Path) -> None:
     with pytest.raises(UnsupportedError, match=r"static_graph=True cannot accumulate gradients"):
         fit(rank, "split", folder, accumulate=2, strategy=DDPStrategy(process_group_backend="gloo", static_graph=True))
     dist.destroy_process_group()
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def test_two_ranks_train_one_set_of_masters_that_equals_in_copy_and_split(tmp_path: Path) -> None:

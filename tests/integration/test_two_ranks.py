@@ -1,7 +1,6 @@
 """The plain plugin on two gloo ranks: one scale, one decision, and the update of one process on all the data."""
 
 import os
-import socket
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from torch.utils.data import DataLoader
 
 from lightning_mp import DynamicLossScale, MixedPrecision, OverflowFoundError, OverflowMonitor
 from tests.models import trainer
+from tests.spawned import free_port
 
 WORLD = 2
 STEPS = 6
@@ -272,7 +272,4 @@ CHECKS = {
 
 @pytest.mark.parametrize("checks", CHECKS)
 def test_two_ranks_act_as_one(checks, tmp_path) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    mp.start_processes(worker, (port, tmp_path, CHECKS[checks]), nprocs=WORLD, start_method="spawn")
+    mp.start_processes(worker, (free_port(), tmp_path, CHECKS[checks]), nprocs=WORLD, start_method="spawn")

@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import socket
 from typing import Any
 
 import pytest
@@ -14,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lightning_mp.errors import UnsupportedError
 from lightning_mp.master_weights import MasterWeights
+from tests.spawned import free_port
 
 WORLD = 2
 STEPS = 3
@@ -226,12 +226,6 @@ def check_refusals() -> None:
     with pytest.raises(UnsupportedError, match=r"static_graph=True cannot accumulate.*accumulate_grad_batches=1"):
         masters.attach([optimizer], ddp=ddp, accumulates=True)
     assert "step" not in vars(optimizer)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def test_two_ranks_accumulate_and_reduce_in_fp32_and_stay_bit_identical() -> None:

@@ -1,12 +1,13 @@
 """Runs a function on two gloo ranks and returns what each of them returned."""
 
 import os
-import socket
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+
+from tests.spawned import free_port
 
 
 def _work(rank: int, function: Any, port: int, results: Any) -> None:
@@ -21,10 +22,7 @@ def _work(rank: int, function: Any, port: int, results: Any) -> None:
 
 def on_two_ranks(function: Any) -> list[Any]:
     """Return ``[function(0), function(1)]``, each evaluated in its own process of one gloo group."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     with mp.Manager() as manager:
         results = manager.dict()
-        mp.start_processes(_work, (function, port, results), nprocs=2, start_method="spawn")
+        mp.start_processes(_work, (function, free_port(), results), nprocs=2, start_method="spawn")
         return [results[0], results[1]]
