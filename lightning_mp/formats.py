@@ -11,7 +11,10 @@ import torch
 
 from lightning_mp.errors import SettingTypeError, SettingValueError
 
-__all__ = ["BF16", "FP16", "FP32", "FP64", "FP8_E4M3FN", "FP8_E5M2", "FORMATS", "Format", "format_of"]
+__all__ = ["BF16", "FP16", "FP32", "FP64", "FP8_E4M3FN", "FP8_E5M2", "FORMATS", "HALF_DTYPES", "Format", "format_of"]
+
+#: What autocast computes in.
+HALF_DTYPES = (torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)

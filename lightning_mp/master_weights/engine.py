@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from lightning_mp.errors import SettingValueError
+from lightning_mp.formats import HALF_DTYPES
 from lightning_mp.master_weights.checkpoints import install_hooks, install_own_hooks
 from lightning_mp.master_weights.ddp import FP32Reducer
 from lightning_mp.master_weights.gradients import Gradients
@@ -32,8 +33,6 @@ __all__ = ["MasterMode", "MasterWeights"]
 MasterMode = Literal["copy", "split", "none"]
 
 _KINDS: dict[str, type[Master]] = {"copy": CopyMaster, "split": SplitMaster, "none": NoMaster}
-_PARAM_DTYPES = (torch.bfloat16, torch.float16)
-
 # 2**22 elements: FP32 stand-ins and gradients of 16 MB each. On a CPU a step of 25e6 parameters takes
 # 91 to 98 ms with buckets of 2**18 to 2**22, and 225 ms with 2**25, whose fresh pages cost more than
 # they save (benchmarks/optimizer_stage.py with fused AdamW).
@@ -209,7 +208,7 @@ class MasterWeights:
         state = dict(module.state_dict())
         params = dict(module.named_parameters(remove_duplicate=False))
         for name, value in state.items():
-            if name in params and value.dtype in _PARAM_DTYPES:
+            if name in params and value.dtype in HALF_DTYPES:
                 state[name] = value.to(torch.float32)
         return state
 
@@ -282,7 +281,7 @@ class MasterWeights:
     def _take(self, module: nn.Module, params: dict[nn.Parameter, str]) -> None:
         """Take masters of what a lazy module has initialized."""
         for param, name in params.items():
-            if param not in self._masters and param.dtype in (torch.float32, *_PARAM_DTYPES):
+            if param not in self._masters and param.dtype in (torch.float32, *HALF_DTYPES):
                 self._names[param] = name
                 self._masters[param] = _KINDS[self.mode](param, self.param_dtype)
                 param.grad_dtype = self._grad_dtype
@@ -323,7 +322,7 @@ class MasterWeights:
 def _check_settings(mode: str, param_dtype: torch.dtype, bucket_numel: int) -> None:
     if mode not in _KINDS:
         raise SettingValueError(f"master_weights: found {mode!r}; allowed are 'copy', 'split' and 'none'.")
-    if param_dtype not in _PARAM_DTYPES:
+    if param_dtype not in HALF_DTYPES:
         raise SettingValueError(
             f"master_weights={mode!r}: parameters would be {param_dtype}; 16-bit weights are torch.bfloat16 or "
             "torch.float16. Use precision 'bf16', 'fp16' or 'fp8', or master_weights='params'."

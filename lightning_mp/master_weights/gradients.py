@@ -13,13 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from lightning_mp.errors import LightningMPError, UnsupportedError
+from lightning_mp.formats import HALF_DTYPES
 from lightning_mp.master_weights.scratch import Scratch
 
 __all__ = ["Gradients", "Scaling", "total_grad_norm"]
 
 # The guard of torch.nn.utils.clip_grad_norm_ against division by zero.
 _CLIP_EPS = 1e-6
-_HALF = (torch.float16, torch.bfloat16)
 
 
 class NonFiniteNormError(LightningMPError, RuntimeError):
@@ -71,7 +71,7 @@ class Gradients:
             UnsupportedError: If the gradient was changed or replaced while a clip of it waited.
         """
         grad = param.grad
-        if grad is None or grad.dtype not in _HALF:
+        if grad is None or grad.dtype not in HALF_DTYPES:
             return grad
         return self._clipped_(param, grad.to(torch.float32))
 
@@ -146,7 +146,7 @@ class Gradients:
         """Put FP32 gradients, with the clips that waited, into ``param.grad``: others may change them."""
         for param in params:
             grad = param.grad
-            if grad is not None and grad.dtype in _HALF:
+            if grad is not None and grad.dtype in HALF_DTYPES:
                 self._store(param, self.fp32(param))
 
     def used(self, param: nn.Parameter, clipped: Tensor | None) -> None:
@@ -172,7 +172,7 @@ class Gradients:
             grad = param.grad
             if grad is None:
                 continue
-            if grad.dtype not in _HALF:
+            if grad.dtype not in HALF_DTYPES:
                 operation(grad)
                 continue
             if not self.defers:
@@ -204,7 +204,7 @@ class Gradients:
 
 
 def _is_dense_half(grad: Tensor) -> bool:
-    return grad.dtype in _HALF and not grad.is_sparse
+    return grad.dtype in HALF_DTYPES and not grad.is_sparse
 
 
 @torch.no_grad()
@@ -239,7 +239,7 @@ def _norms(grads: list[Tensor], norm_type: float) -> list[Tensor]:
             batches.setdefault((grad.device, grad.dtype), []).append(index)
     for (_, dtype), indices in batches.items():
         # The dtype is that of the sum: a BF16 sum over many squares would lose most of them.
-        wide = torch.float32 if dtype in _HALF else None
+        wide = torch.float32 if dtype in HALF_DTYPES else None
         batch = torch._foreach_norm([grads[index] for index in indices], norm_type, dtype=wide)
         found.update(zip(indices, batch, strict=True))
     return [found[index] for index in range(len(grads))]

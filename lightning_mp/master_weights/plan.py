@@ -9,14 +9,14 @@ from torch.nn.utils.parametrize import ParametrizationList
 from torch.nn.utils.spectral_norm import SpectralNorm
 
 from lightning_mp.errors import UnsupportedError
+from lightning_mp.formats import HALF_DTYPES
 from lightning_mp.master_weights.masters import cast_param_
 from lightning_mp.master_weights.overlap import check_overlap
 from lightning_mp.selection import is_normalization
 
 __all__ = ["kept_params", "params_to_cast", "widen_norms_"]
 
-_HALF = (torch.float16, torch.bfloat16)
-_CAST_DTYPES = (torch.float32, *_HALF)
+_CAST_DTYPES = (torch.float32, *HALF_DTYPES)
 
 
 def params_to_cast(
@@ -63,10 +63,10 @@ def widen_norms_(module: nn.Module) -> None:
         if not is_normalization(child):
             continue
         for param in child.parameters(recurse=False):
-            if param.dtype in _HALF:
+            if param.dtype in HALF_DTYPES:
                 cast_param_(param, torch.float32)
         for buffer in child.buffers(recurse=False):
-            if buffer.dtype in _HALF:
+            if buffer.dtype in HALF_DTYPES:
                 buffer.data = buffer.data.to(torch.float32)
 
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_mp.closures import NEW_STEPS, EvaluatedClosure
+from lightning_mp.formats import HALF_DTYPES
 from lightning_mp.master_weights.fused_adam import FusedAdam
 from lightning_mp.master_weights.gradients import Gradients
 from lightning_mp.master_weights.masters import CopyMaster, Master, NoMaster
@@ -34,8 +35,6 @@ _HOOKS = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
 
 # Schedule-free optimizers average the weights in these.
 _SWITCHES = ("train", "eval")
-
-_NARROW = (torch.bfloat16, torch.float16)
 
 _Bucket = list[tuple[int, nn.Parameter]]
 
@@ -239,7 +238,7 @@ class MasterStep:
         """Say once that 16-bit parameters are stepped which were made after masters were taken."""
         if self._has_told or isinstance(next(iter(self._masters.values()), None), NoMaster):
             return
-        narrow = [param for param in params if param not in self._masters and param.dtype in _NARROW]
+        narrow = [param for param in params if param not in self._masters and param.dtype in HALF_DTYPES]
         if narrow:
             self._has_told = True
             self._tell(

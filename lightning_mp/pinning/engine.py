@@ -13,8 +13,8 @@ from torch.nn.modules import module as _module
 from torch.nn.parameter import is_lazy
 
 from lightning_mp.errors import UnsupportedError
+from lightning_mp.formats import HALF_DTYPES
 from lightning_mp.pinning.functions import (
-    NARROW_DTYPES,
     OutputRule,
     PinKind,
     function_rules,
@@ -207,7 +207,7 @@ class Pins:
         self._swap_(pinned.module, pinned.role)
         owned = (*pinned.module.parameters(recurse=False), *pinned.module.buffers(recurse=False))
         for tensor in owned:
-            if tensor.dtype in NARROW_DTYPES and not is_lazy(tensor):
+            if tensor.dtype in HALF_DTYPES and not is_lazy(tensor):
                 self._withheld.append((tensor, tensor.dtype))
                 tensor.data = tensor.data.float()
 

@@ -12,8 +12,9 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.modules.loss import _Loss
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from lightning_mp.formats import HALF_DTYPES
+
 __all__ = [
-    "NARROW_DTYPES",
     "FunctionRule",
     "FunctionRules",
     "OutputRule",
@@ -34,8 +35,6 @@ FunctionRules: TypeAlias = Mapping[Callable[..., Any], FunctionRule]
 
 # What most arguments beside tensors are; asked first because this runs at every pinned call.
 _PLAIN_TYPES = frozenset({bool, float, int, str, type(None)})
-
-NARROW_DTYPES = (torch.float16, torch.bfloat16)
 
 _FUNCTION_NAMES: dict[PinKind, tuple[str, ...]] = {
     "softmax": ("softmax", "log_softmax", "softmin", "gumbel_softmax"),
@@ -165,9 +164,9 @@ def _widen(value: Any) -> Any:
     if type(value) in _PLAIN_TYPES:
         return value
     if isinstance(value, Tensor):
-        return value.float() if value.dtype in NARROW_DTYPES else value
+        return value.float() if value.dtype in HALF_DTYPES else value
     if isinstance(value, torch.dtype):
-        return torch.float32 if value in NARROW_DTYPES else value
+        return torch.float32 if value in HALF_DTYPES else value
     if isinstance(value, (tuple, list, dict)):
         # A shape, as of layer_norm: to walk through it as a tree takes ten times as long.
         if type(value) in (tuple, list) and all(type(item) in _PLAIN_TYPES for item in value):
@@ -178,7 +177,7 @@ def _widen(value: Any) -> Any:
 
 def narrow(value: Any, dtype: torch.dtype | None) -> Any:
     """Return FP32 tensors inside ``value`` as ``dtype``, if that is FP16 or BF16."""
-    if dtype not in NARROW_DTYPES:
+    if dtype not in HALF_DTYPES:
         return value
     if isinstance(value, Tensor):
         return value.to(dtype) if value.dtype is torch.float32 else value
@@ -269,7 +268,7 @@ def run_function(
     asked = kwargs.get("dtype") or asked
     if asked is None and output == "input":
         asked = _input_dtype(args, kwargs)
-    if asked not in NARROW_DTYPES:
+    if asked not in HALF_DTYPES:
         return result
     # Of several results, as of native_layer_norm, the later ones are statistics that stay FP32.
     return (narrow(result[0], asked), *result[1:]) if isinstance(result, tuple) else narrow(result, asked)

@@ -14,7 +14,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from lightning_mp.pinning.functions import NARROW_DTYPES, OutputRule, run_module
+from lightning_mp.formats import HALF_DTYPES
+from lightning_mp.pinning.functions import OutputRule, run_module
 from lightning_mp.pinning.mode import FunctionPins, call_with, call_without
 
 __all__ = ["InFP32", "Role", "Swaps", "WithFunctions", "WithoutFunctions", "original_class", "role_of"]
@@ -42,7 +43,7 @@ class InFP32:
         self, module: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         for parameter in module._parameters.values():
-            if parameter is not None and parameter.dtype in NARROW_DTYPES:
+            if parameter is not None and parameter.dtype in HALF_DTYPES:
                 return _with_wide_parameters(module, forward, args, kwargs, self.output)
         return run_module(forward, args, kwargs, self.output)
 
@@ -125,7 +126,7 @@ def _keep_fp32(
 ) -> Callable[[Tensor], Tensor]:
     def apply(tensor: Tensor) -> Tensor:
         result = fn(tensor)
-        if result.dtype not in NARROW_DTYPES or tensor.dtype is not torch.float32:
+        if result.dtype not in HALF_DTYPES or tensor.dtype is not torch.float32:
             return result
         withhold((tensor, result.dtype))
         return tensor.to(result.device)

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_mp.errors import UnsupportedError
-from lightning_mp.pinning.functions import NARROW_DTYPES, FunctionRules, PinKind
+from lightning_mp.formats import HALF_DTYPES
+from lightning_mp.pinning.functions import FunctionRules, PinKind
 from lightning_mp.pinning.mode import FunctionPins
 
 __all__ = ["Observation", "PinReport", "PinnedCall", "watch_batch"]
@@ -73,7 +74,7 @@ class Observation:
     @property
     def below_fp32(self) -> list[PinnedCall]:
         """Kernels that computed in FP16 or BF16 although their kind or their module is pinned."""
-        return sorted((k for k in self.kernels if k.dtype in NARROW_DTYPES), key=lambda k: (k.fqn, k.name))
+        return sorted((k for k in self.kernels if k.dtype in HALF_DTYPES), key=lambda k: (k.fqn, k.name))
 
 
 @dataclass(frozen=True)
@@ -217,7 +218,7 @@ class _WatchKernels(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if any(part in name for part in self._parts):
             dtype = next((a.dtype for a in args if isinstance(a, Tensor) and a.is_floating_point()), torch.float32)
             self._seen.kernels[PinnedCall(fqn, name, dtype)] += 1
-        elif fqn in self._pinned and isinstance(result, Tensor) and result.dtype in NARROW_DTYPES:
+        elif fqn in self._pinned and isinstance(result, Tensor) and result.dtype in HALF_DTYPES:
             self._seen.kernels[PinnedCall(fqn, name, result.dtype)] += 1
 
 

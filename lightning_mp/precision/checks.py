@@ -5,11 +5,11 @@ from functools import cache
 from inspect import Parameter, signature
 from typing import Any
 
-import torch
 from torch import nn
 from torch.optim import LBFGS, Optimizer
 
 from lightning_mp.errors import UnsupportedError
+from lightning_mp.formats import HALF_DTYPES
 from lightning_mp.policy import PrecisionPolicy
 
 __all__ = [
@@ -29,7 +29,6 @@ _REFUSED_STRATEGIES = {
     "XLAFSDPStrategy": "compiles its own precision: remove the plugin and pass Trainer(precision='bf16-true')",
 }
 _SHARDED_STRATEGIES = {"FSDPStrategy", "ModelParallelStrategy"}
-_HALF = (torch.float16, torch.bfloat16)
 
 
 def check_strategy(strategy: Any, policy: PrecisionPolicy) -> None:
@@ -117,7 +116,7 @@ def check_parameters(module: nn.Module, policy: PrecisionPolicy, *, is_fit: bool
     """
     if policy.master_weights != "params" or not (is_fit or policy.precision == "fp32"):
         return
-    half = [(n, p.dtype) for n, p in module.named_parameters() if p.requires_grad and p.dtype in _HALF]
+    half = [(n, p.dtype) for n, p in module.named_parameters() if p.requires_grad and p.dtype in HALF_DTYPES]
     if half:
         name, dtype = half[0]
         raise UnsupportedError(

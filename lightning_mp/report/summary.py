@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from lightning_mp.errors import SettingTypeError, SettingValueError
+from lightning_mp.formats import HALF_DTYPES
 from lightning_mp.precision import ManifestRow
 
 __all__ = [
@@ -30,7 +31,6 @@ _NAMES = {
     torch.float8_e4m3fn: "FP8 E4M3FN",
     torch.float8_e5m2: "FP8 E5M2",
 }
-_HALF = (torch.float16, torch.bfloat16)
 # Dimensions of tensor-core products: NVIDIA, "Deep Learning Performance" guide, 16-byte alignment.
 _MULTIPLE, _FP8_MULTIPLE = 8, 16
 _MAX_NAMES = 5
@@ -157,7 +157,7 @@ def find_misaligned(module: nn.Module, rows: Sequence[ManifestRow], *, is_fp8: b
     multiple = _FP8_MULTIPLE if is_fp8 else _MULTIPLE
     found = []
     for row in rows:
-        if row.compute_dtype not in _HALF and not row.fp8:
+        if row.compute_dtype not in HALF_DTYPES and not row.fp8:
             continue
         for dimension, size in _dimensions(module.get_submodule(row.fqn)).items():
             if size > 1 and size % multiple:
