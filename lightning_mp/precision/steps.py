@@ -72,14 +72,12 @@ class Attempt:
 
     def tensors(self) -> list[Tensor]:
         """Return found_inf, then what is known of scale, loss and norm, as 0-dim FP32 tensors of one device."""
-        known: list[Tensor] = []
-        for tensor in (self.found_inf, self.loss_scale, self.loss, self.grad_norm):
-            if tensor is None:
-                continue
-            is_first = not known
-            if tensor.dtype is not torch.float32 or not (is_first or tensor.device == known[0].device):
-                tensor = tensor.float() if is_first else tensor.float().to(known[0].device)
-            known.append(tensor)
+        found_inf: Tensor = self.found_inf  # type: ignore[assignment]  # known once tensors are asked for
+        known = [found_inf]
+        for tensor in (self.loss_scale, self.loss, self.grad_norm):
+            if tensor is not None:
+                is_like = tensor.dtype is torch.float32 and tensor.device == found_inf.device
+                known.append(tensor if is_like else tensor.float().to(found_inf.device))
         return known
 
 
