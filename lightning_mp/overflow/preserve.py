@@ -33,7 +33,7 @@ class RandomState(NamedTuple):
     def now() -> "RandomState":
         """Take the states; nothing is asked of the device."""
         cuda = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None  # type: ignore[no-untyped-call]
-        return RandomState(torch.get_rng_state(), cuda)
+        return RandomState(torch.default_generator.get_state(), cuda)
 
     def restore_(self) -> None:
         """Make torch's generators continue from these states."""

@@ -213,7 +213,7 @@ def copy_containers(value: Any) -> Any:
     A ``training_step`` that pops an item from its batch leaves such a copy whole.
     """
     if type(value) in (list, tuple):
-        return type(value)([copy_containers(item) for item in value])
+        return type(value)([item if type(item) is Tensor else copy_containers(item) for item in value])
     if type(value) is dict:
         return {key: copy_containers(item) for key, item in value.items()}
     return value

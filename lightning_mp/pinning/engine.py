@@ -21,7 +21,7 @@ from lightning_mp.pinning.functions import (
     kind_of_module,
     names_of,
 )
-from lightning_mp.pinning.mode import FunctionPins, call_with
+from lightning_mp.pinning.mode import FunctionPins
 from lightning_mp.pinning.scan import Mentions, find_mentions, holds_any
 from lightning_mp.pinning.spec import PinSpec
 from lightning_mp.pinning.swap import InFP32, Role, Swaps, WithFunctions, WithoutFunctions, original_class, role_of
@@ -85,6 +85,7 @@ class Pins:
 
     def _clear(self) -> None:
         self._mode = FunctionPins(self._rules)
+        self._with_functions = WithFunctions(self._mode)
         self._swaps = Swaps()
         self._withheld: list[tuple[torch.Tensor, torch.dtype]] = []
         self._scans: dict[tuple[type, str, frozenset[str]], Mentions] = {}
@@ -264,16 +265,17 @@ class Pins:
         if is_new:
             self._hooked.add(fqn)
         if is_new or not isinstance(role, (InFP32, WithFunctions)):
-            self._swap_(module, role if isinstance(role, InFP32) else WithFunctions(self._mode))
+            self._swap_(module, role if isinstance(role, InFP32) else self._with_functions)
         return not has_hooks or holder is module
 
     def _call_method(self, cls: type[nn.Module]) -> Callable[..., Any]:
         """Return the method that runs hooks and ``forward``, with functions pinned around both."""
+        run = self._with_functions
 
         def call_pinned(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
             call = functools.partial(cls.__call__, module)
             # A class that someone derived from ours computes as before after an undo.
-            return call(*args, **kwargs) if role_of(module) is None else call_with(self._mode, call, args, kwargs)
+            return call(*args, **kwargs) if role_of(module) is None else run(module, call, args, kwargs)
 
         return call_pinned
 
@@ -308,7 +310,7 @@ class Pins:
         @functools.wraps(original)
         def step(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
             if name in self.observations and name in self._pinned_steps:
-                return call_with(self._mode, original, (module, *args), kwargs)
+                return self._with_functions(module, original, (module, *args), kwargs)
             return self._run_step(name, functools.partial(original, module), *args, **kwargs)
 
         return step
@@ -317,8 +319,8 @@ class Pins:
         if name not in self.observations and not torch.compiler.is_compiling():
             with self.watch(name):
                 return step(*args, **kwargs)
-        if name in self._pinned_steps:
-            return call_with(self._mode, step, args, kwargs)
+        if name in self._pinned_steps and self._root is not None:
+            return self._with_functions(self._root, step, args, kwargs)
         return step(*args, **kwargs)
 
     @contextmanager

@@ -195,11 +195,16 @@ def _input_dtype(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.dtype |
 
 
 def _without_autocast(function: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    for device_type in _AUTOCAST_DEVICES:
+        if torch.is_autocast_enabled(device_type):
+            return _suspend_autocast(function, args, kwargs)
+    return function(*args, **kwargs)
+
+
+def _suspend_autocast(function: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     if torch.compiler.is_compiling():
         return _trace_without_autocast(function, args, kwargs, _AUTOCAST_DEVICES)
     enabled = [device_type for device_type in _AUTOCAST_DEVICES if torch.is_autocast_enabled(device_type)]
-    if not enabled:
-        return function(*args, **kwargs)
     # The flag alone: torch.autocast would build a context for each call, several times as slow.
     for device_type in enabled:
         torch.set_autocast_enabled(device_type, False)
@@ -229,8 +234,12 @@ def run_module(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[
         output: ``"float32"`` returns what was computed, ``"input"`` casts it to the dtype of the first
             floating-point tensor among the arguments.
     """
-    wide = [_widen(value) for value in args]
-    result = _without_autocast(forward, wide, {name: _widen(value) for name, value in kwargs.items()})
+    wide = list(args)
+    for index, value in enumerate(args):
+        if type(value) is not Tensor or value.dtype in HALF_DTYPES:
+            wide[index] = _widen(value)
+    wide_kwargs = {name: _widen(value) for name, value in kwargs.items()} if kwargs else kwargs
+    result = _without_autocast(forward, wide, wide_kwargs)
     return narrow(result, _input_dtype(args, kwargs)) if output == "input" else result
 
 
@@ -245,9 +254,12 @@ def run_function(
     # One loop each and few calls: this runs in caches that large products have emptied.
     wide, asked = list(args), None
     for index, value in enumerate(args):
-        if type(value) not in _PLAIN_TYPES:
+        cls = type(value)
+        if cls is Tensor and value.dtype not in HALF_DTYPES:
+            continue
+        if cls not in _PLAIN_TYPES:
             wide[index] = _widen(value)
-            if type(value) is torch.dtype:
+            if cls is torch.dtype:
                 asked = value
     wide_kwargs = kwargs
     for name, value in kwargs.items():

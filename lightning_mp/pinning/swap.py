@@ -13,12 +13,22 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch._C import (
+    _get_function_stack_at,
+    _len_torch_function_stack,
+    _pop_torch_function_stack,
+    _push_on_torch_function_stack,
+)
 
 from lightning_mp.formats import HALF_DTYPES
 from lightning_mp.pinning.functions import OutputRule, run_module
-from lightning_mp.pinning.mode import FunctionPins, call_with, call_without
+from lightning_mp.pinning.mode import FunctionPins
 
 __all__ = ["InFP32", "Role", "Swaps", "WithFunctions", "WithoutFunctions", "original_class", "role_of"]
+
+
+# Each role is one function without helpers, which enters and leaves the mode by hand: what stands around a call
+# runs when large products have emptied the caches, where a Python call costs about 2 us. Traced code pays nothing.
 
 
 @dataclass(frozen=True)
@@ -35,9 +45,16 @@ class InFP32:
         self, module: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """Run ``forward`` in the way of this role."""
-        if self.mode is None:
+        if self.mode is None or torch.compiler.is_compiling():
             return self._run(module, forward, args, kwargs)
-        return call_without(self.mode, self._run, (module, forward, args, kwargs), {})
+        depth = _len_torch_function_stack()
+        if not depth or _get_function_stack_at(depth - 1) is not self.mode:
+            return self._run(module, forward, args, kwargs)
+        _pop_torch_function_stack()
+        try:
+            return self._run(module, forward, args, kwargs)
+        finally:
+            _push_on_torch_function_stack(self.mode)
 
     def _run(
         self, module: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -50,7 +67,7 @@ class InFP32:
 
 @dataclass(frozen=True)
 class WithFunctions:
-    """The functions that the module's ``forward`` calls are pinned."""
+    """The functions that the module's ``forward`` calls are pinned; a mode that is on is not entered twice."""
 
     mode: FunctionPins
 
@@ -58,12 +75,22 @@ class WithFunctions:
         self, module: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """Run ``forward`` in the way of this role."""
-        return call_with(self.mode, forward, args, kwargs)
+        if torch.compiler.is_compiling():
+            with self.mode:
+                return forward(*args, **kwargs)
+        depth = _len_torch_function_stack()
+        if depth and isinstance(_get_function_stack_at(depth - 1), FunctionPins):
+            return forward(*args, **kwargs)
+        _push_on_torch_function_stack(self.mode)
+        try:
+            return forward(*args, **kwargs)
+        finally:
+            _pop_torch_function_stack()
 
 
 @dataclass(frozen=True)
 class WithoutFunctions:
-    """The module calls no pinned function itself; a mode that a caller entered is left."""
+    """The module calls no pinned function itself; a mode that a caller entered is left, as a needless look."""
 
     mode: FunctionPins
 
@@ -71,7 +98,16 @@ class WithoutFunctions:
         self, module: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """Run ``forward`` in the way of this role."""
-        return call_without(self.mode, forward, args, kwargs)
+        if torch.compiler.is_compiling():
+            return forward(*args, **kwargs)
+        depth = _len_torch_function_stack()
+        if not depth or _get_function_stack_at(depth - 1) is not self.mode:
+            return forward(*args, **kwargs)
+        _pop_torch_function_stack()
+        try:
+            return forward(*args, **kwargs)
+        finally:
+            _push_on_torch_function_stack(self.mode)
 
 
 Role: TypeAlias = InFP32 | WithFunctions | WithoutFunctions
