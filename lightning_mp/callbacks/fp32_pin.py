@@ -128,7 +128,8 @@ class FP32Pin(Callback):
             self._engine.apply_(pl_module)
 
     def on_train_batch_end(self, *args: Any, **kwargs: Any) -> None:
-        self._report()
+        if "training_step" not in self.reports:
+            self._report()
 
     def on_validation_batch_end(self, *args: Any, **kwargs: Any) -> None:
         self._report()

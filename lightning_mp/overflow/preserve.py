@@ -17,6 +17,8 @@ from torch.nn.parameter import is_lazy
 
 __all__ = ["RandomState", "eager", "preserved"]
 
+_HAS_CUDA = torch.backends.cuda.is_built()  # type: ignore[no-untyped-call]  # true for ROCm too
+
 
 class RandomState(NamedTuple):
     """States of torch's generators: the CPU's, and that of one CUDA device if it is used.
@@ -32,7 +34,8 @@ class RandomState(NamedTuple):
     @staticmethod
     def now() -> "RandomState":
         """Take the states; nothing is asked of the device."""
-        cuda = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None  # type: ignore[no-untyped-call]
+        uses_cuda = _HAS_CUDA and torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+        cuda = torch.cuda.get_rng_state() if uses_cuda else None
         return RandomState(torch.default_generator.get_state(), cuda)
 
     def restore_(self) -> None:

@@ -197,31 +197,18 @@ def _input_dtype(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.dtype |
 def _without_autocast(function: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     for device_type in _AUTOCAST_DEVICES:
         if torch.is_autocast_enabled(device_type):
-            return _suspend_autocast(function, args, kwargs)
-    return function(*args, **kwargs)
-
-
-def _suspend_autocast(function: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+            break
+    else:
+        return function(*args, **kwargs)
     if torch.compiler.is_compiling():
-        return _trace_without_autocast(function, args, kwargs, _AUTOCAST_DEVICES)
-    enabled = [device_type for device_type in _AUTOCAST_DEVICES if torch.is_autocast_enabled(device_type)]
+        with torch.autocast(device_type, enabled=False):
+            return _without_autocast(function, args, kwargs)
     # The flag alone: torch.autocast would build a context for each call, several times as slow.
-    for device_type in enabled:
-        torch.set_autocast_enabled(device_type, False)
+    torch.set_autocast_enabled(device_type, False)
     try:
-        return function(*args, **kwargs)
+        return _without_autocast(function, args, kwargs)
     finally:
-        for device_type in enabled:
-            torch.set_autocast_enabled(device_type, True)
-
-
-def _trace_without_autocast(
-    function: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any], device_types: tuple[str, ...]
-) -> Any:
-    if not device_types:
-        return function(*args, **kwargs)
-    with torch.autocast(device_types[0], enabled=False):
-        return _trace_without_autocast(function, args, kwargs, device_types[1:])
+        torch.set_autocast_enabled(device_type, True)
 
 
 def run_module(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], output: OutputRule) -> Any:

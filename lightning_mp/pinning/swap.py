@@ -27,8 +27,8 @@ from lightning_mp.pinning.mode import FunctionPins
 __all__ = ["InFP32", "Role", "Swaps", "WithFunctions", "WithoutFunctions", "original_class", "role_of"]
 
 
-# Each role is one function without helpers, which enters and leaves the mode by hand: what stands around a call
-# runs when large products have emptied the caches, where a Python call costs about 2 us. Traced code pays nothing.
+# Each role is one function without helpers, which enters and leaves the mode by hand, as torch.compile can trace: what
+# stands around a call runs when large products have emptied the caches, where a Python call costs about 2 us.
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class InFP32:
         self, module: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """Run ``forward`` in the way of this role."""
-        if self.mode is None or torch.compiler.is_compiling():
+        if self.mode is None:
             return self._run(module, forward, args, kwargs)
         depth = _len_torch_function_stack()
         if not depth or _get_function_stack_at(depth - 1) is not self.mode:
@@ -75,9 +75,6 @@ class WithFunctions:
         self, module: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """Run ``forward`` in the way of this role."""
-        if torch.compiler.is_compiling():
-            with self.mode:
-                return forward(*args, **kwargs)
         depth = _len_torch_function_stack()
         if depth and isinstance(_get_function_stack_at(depth - 1), FunctionPins):
             return forward(*args, **kwargs)
@@ -98,8 +95,6 @@ class WithoutFunctions:
         self, module: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """Run ``forward`` in the way of this role."""
-        if torch.compiler.is_compiling():
-            return forward(*args, **kwargs)
         depth = _len_torch_function_stack()
         if not depth or _get_function_stack_at(depth - 1) is not self.mode:
             return forward(*args, **kwargs)

@@ -71,7 +71,7 @@ def test_benchmarks_page_is_what_the_command_writes_from_the_committed_files(tmp
 
 
 def test_page_shows_the_newest_measured_file_and_the_overhead_on_a_cpu(tmp_path) -> None:
-    times = {"ours_us": {"median": 311.4}, "lightning_us": {"median": 320.0}, "ratio": {"median": 0.973}}
+    times = {"ours_us": {"median": 311.4}, "other_us": {"median": 320.0}, "ratio": {"median": 0.973}}
     case = {"case": "TinyModel, bf16, AdamW", "target": 1.0, **times}
     head = {"device": "some CPU", "date": "2026-11-24T01:02:03+00:00", "torch": "2.13.0"}
     (tmp_path / "overhead-cpu.json").write_text(json.dumps({**head, "cases": [case]}))
