@@ -114,6 +114,8 @@ def _update(
     # The FP32 value. An element of a copied weight that is not the published one was written from outside.
     if WEIGHT == "split":
         value = ((found << 16) + extra.to(tl.int32)).to(tl.float32, bitcast=True)
+        # As `restore_written_` does: a NaN of two halves that do not belong together is a write from outside.
+        value = tl.where(value != value, (found << 16).to(tl.float32, bitcast=True), value)
     else:
         if WEIGHT == "bf16":
             expected = _bf16_bits(extra)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_mp.errors import SettingTypeError, UnsupportedError
 
-__all__ = ["flat_view", "join_", "publish_", "round_", "split_"]
+__all__ = ["flat_view", "join_", "publish_", "restore_written_", "round_", "split_"]
 
 # One BF16 ulp is 2**16 steps of the FP32 bit pattern; half of it turns truncation into rounding.
 _HALF_ULP = 0x8000
@@ -49,6 +49,8 @@ def split_(block: Tensor, values: list[Tensor], his: list[Tensor], los: list[Ten
 def join_(his: list[Tensor], los: list[Tensor], out: list[Tensor]) -> None:
     """Write the FP32 values whose halves :func:`split_` gave to ``out``.
 
+    On devices other than the CPU, where a write to a weight may go unseen, :func:`restore_written_` follows.
+
     Args:
         his: BF16, one-dimensional.
         los: int16, as many elements each.
@@ -62,6 +64,29 @@ def join_(his: list[Tensor], los: list[Tensor], out: list[Tensor]) -> None:
     """
     torch._foreach_copy_(out, his)
     torch._foreach_add_([value.view(torch.int32) for value in out], los)
+    if out and out[0].device.type != "cpu":
+        restore_written_(out, his)
+
+
+def restore_written_(values: list[Tensor], his: list[Tensor]) -> None:
+    """Replace each NaN that two halves made which do not belong together by its working weight.
+
+    Halves of one value give a NaN only where the working weight is one. Beside further bits of before, a
+    zero or an infinity that was written to the weight would be a NaN too.
+
+    Args:
+        values: FP32, as :func:`join_` made them. Modified in place.
+        his: BF16, as many elements each: the working weights that they were made of.
+
+    Example:
+        >>> zero, value = torch.zeros(1, dtype=torch.bfloat16), torch.empty(1)
+        >>> join_([zero], [torch.tensor([-1], dtype=torch.int16)], [value])
+        >>> restore_written_([value], [zero])
+        >>> value
+        tensor([0.])
+    """
+    for value, hi in zip(values, his, strict=True):
+        torch.where(value.isnan(), hi, value, out=value)
 
 
 def round_(block: Tensor) -> None:

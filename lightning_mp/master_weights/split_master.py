@@ -29,8 +29,7 @@ class SplitMaster(Master):
     On other devices reading a fingerprint would wait for the device. There a write through the parameter
     (``weight.zero_()`` under ``no_grad``) is seen by its version counter, and the first one replaces the
     whole master. A write through ``.data``, as of ``vector_to_parameters``, leaves no mark there: the further
-    bits of before join the value written, which stays within half a BF16 ulp, but zero and infinity may become
-    NaN.
+    bits of before join the value written, which stays within half a BF16 ulp.
     """
 
     def __init__(self, param: nn.Parameter, param_dtype: torch.dtype) -> None:

@@ -364,6 +364,28 @@ def test_weight_written_from_outside_is_taken_over(mode, dtype, write) -> None:
 
 
 @on_device
+@pytest.mark.parametrize("fused", [True, False])
+def test_zero_or_infinity_unseen_beside_further_bits_of_before_becomes_no_nan(fused) -> None:
+    # As `weight.data.mul_(mask)` leaves them on CUDA. The interpreter has a kernel, but not the generic path, to show.
+    if IS_INTERPRETED and not fused:
+        return
+    written = torch.tensor([0.0, -0.0, math.inf, -math.inf, 1.0], device=DEVICE)
+    masters, (param,), optimizer = attached("split", BF16, values=[written], lr=0.0, weight_decay=0.0, fused=fused)
+    for further in (-(2**15), -1, 1, 2**15 - 1):
+        (lo,) = masters._masters[param].tensors()
+        lo.fill_(further)
+        with torch.no_grad():
+            param.data.copy_(written)
+        param.grad = torch.zeros_like(param)
+        optimizer.step()
+        # 1.0 -/+ half an ulp; half an ulp around zero is 2**-134; around infinity 2**119 below it.
+        zeros, infinities, one = param.detach().float().split([2, 2, 1])
+        assert bool((zeros.abs() <= 2.0**-134).all())
+        assert bool((infinities.abs() >= 3e38).all())
+        assert abs(float(one) - 1.0) <= 2.0**-8
+
+
+@on_device
 @pytest.mark.parametrize(("mode", "dtype"), MODES)
 def test_step_raises_the_version_of_what_it_writes(mode, dtype) -> None:
     # Autograd refuses a backward through weights that changed; FP8 casts weights again when it rises.

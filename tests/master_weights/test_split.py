@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightning_mp.errors import SettingTypeError, UnsupportedError
-from lightning_mp.master_weights.split import flat_view, join_, publish_, split_
+from lightning_mp.master_weights.split import flat_view, join_, publish_, restore_written_, split_
 
 # The low bits around which rounding changes its mind: exact ties, one below, one above, the ends.
 LOW_BITS = (0x0000, 0x0001, 0x7FFF, 0x8000, 0x8001, 0xFFFF, 0x1234, 0xBEEF)
@@ -49,6 +49,27 @@ def test_split_keeps_signed_zeros_and_infinities() -> None:
     hi, out = round_trip(value)
     assert torch.equal(bits_of(out), bits_of(value))
     assert torch.equal(hi.view(torch.int16), value.bfloat16().view(torch.int16))
+
+
+def test_halves_of_one_value_are_left_as_they_were_joined() -> None:
+    value = from_bits(every_upper_half())
+    hi, out = round_trip(value)
+    joined = out.clone()
+    restore_written_([out], [hi])
+    assert torch.equal(bits_of(out)[~value.isnan()], bits_of(joined)[~value.isnan()])
+    assert bool(out[value.isnan()].isnan().all())
+
+
+@pytest.mark.parametrize("written", [0.0, -0.0, float("inf"), -float("inf"), 1.0])
+def test_value_written_beside_any_further_bits_stays_within_half_a_bf16_ulp(written: float) -> None:
+    lo = torch.arange(-(2**15), 2**15).to(torch.int16)
+    hi, out = torch.full(lo.shape, written, dtype=torch.bfloat16), torch.empty(lo.shape)
+    join_([hi], [lo], [out])
+    restore_written_([out], [hi])
+    assert not bool(out.isnan().any())
+    # Of one FP32 bit pattern to the next is an ulp; infinity follows the largest finite one.
+    steps = bits_of(out).long() - bits_of(hi.float()).long()
+    assert int(steps.abs().max()) <= 2**15
 
 
 @settings(max_examples=300, deadline=None)
