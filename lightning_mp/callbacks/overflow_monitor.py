@@ -1,9 +1,5 @@
 """Callback that names the module or parameter where a step went non-finite."""
 
-import math
-from contextlib import nullcontext
-from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -16,41 +12,20 @@ from torch.optim import Optimizer
 
 from lightning_mp.callbacks.added_hooks import add_to_hook, remove_added_hooks, without_added_hooks
 from lightning_mp.callbacks.batch_window import BatchWindow, HeldBatch
-from lightning_mp.callbacks.event_log import EventLog, gather_events, run_directory
-from lightning_mp.callbacks.interruption import is_alone, is_interrupted, settle_interrupted
-from lightning_mp.callbacks.overflow_watch import (
-    ScalerWatch,
-    parameters_of,
-    reason_against_replay,
-    save_batch,
-    shards_parameters,
-    training_loss,
-)
+from lightning_mp.callbacks.event_log import EventLog, run_directory
+from lightning_mp.callbacks.interruption import is_interrupted, settle_interrupted
+from lightning_mp.callbacks.overflow_inquiry import Inquiry, Probe
+from lightning_mp.callbacks.overflow_watch import ScalerWatch, reason_against_replay, save_batch, shards_parameters
 from lightning_mp.errors import OverflowFoundError, SettingValueError
 from lightning_mp.grad_scaler import gradient_amaxes, supports_skip_on_device
 from lightning_mp.loss_scale import DynamicLossScale
-from lightning_mp.overflow import (
-    Finding,
-    OverflowEvent,
-    RanksPartedError,
-    Together,
-    copy_containers,
-    describe_event,
-    find_culprit,
-    find_in_gradients,
-    part_for,
-    replay,
-)
+from lightning_mp.overflow import OverflowEvent, copy_containers, describe_event
 from lightning_mp.precision import MixedPrecision, StepReport
 from lightning_mp.precision.notices import notice, notice_once
 
 __all__ = ["OverflowEvent", "OverflowMonitor"]
 
-Probe = Literal["replay", "gradients", "always"]
 OnOverflow = Literal["warn", "raise", "log"]
-
-_UNKNOWN = Finding("backward", "unknown", "inf", 0)
-_PARTED = "the replay came to a collective while that of another rank had ended"
 
 
 class OverflowMonitor(Callback):
@@ -133,7 +108,6 @@ class OverflowMonitor(Callback):
         self._watch: ScalerWatch | None = None
         self._directory: Path | None = None
         self._window = BatchWindow()
-        self._attempted: list[HeldBatch] = []
         self._zeroed_step = 0
         self._has_stepped = False
         self._step_handles: list[Any] = []
@@ -306,7 +280,6 @@ class OverflowMonitor(Callback):
         if not report.found_inf:
             self._has_applied = True
             return None
-        self._attempted = self._window.of(report.step)
         events = self._investigate(trainer, module, report)
         self.events += events
         for event in events:
@@ -316,112 +289,23 @@ class OverflowMonitor(Callback):
         return f"{events[0].fqn} ({events[0].phase})"
 
     def _investigate(self, trainer: Trainer, module: LightningModule, report: StepReport) -> list[OverflowEvent]:
-        found, failure = self._find(trainer, module, report)
-        held, finding = found if found is not None else (None, None)
-        event = self._make_event(trainer, report, held, finding) if finding is not None else None
-        alone = is_alone(trainer)
-        answers = [(event, failure)] if alone else gather_events([(event, failure)])
-        events = [event for event, _ in answers if event is not None]
-        failures = [failure for _, failure in answers if failure is not None]
-        # What made one rank end comes before that others could not go on without it.
-        failure = next((failure for failure in failures if failure != _PARTED), _PARTED if failures else None)
-        if failure is not None and self._method == "replay":
-            self._fall_back(failure)
-        if not events:
-            held = self._attempted[-1] if self._attempted else None
-            event = self._make_event(trainer, report, held, self._find_in_gradients(module, report))
-            # Reduced gradients are the same on all ranks, shards are not: the first rank that knows a name.
-            every = [event] if alone else gather_events([event])
-            events = [next((e for e in every if e.fqn != _UNKNOWN.fqn), every[0])]
-        if self._directory is not None and held is not None:
-            save_batch(self._directory, held, report, trainer.global_rank)
-        return events
-
-    def _find(
-        self, trainer: Trainer, module: LightningModule, report: StepReport
-    ) -> tuple[tuple[HeldBatch, Finding] | None, str | None]:
-        """Return the batch and the finding of replay or probes, and why the replay failed if it did."""
-        if self._method == "gradients" or (self._method == "replay" and is_alone(trainer)):
-            return None, None
-        if self._method == "replay" and not report.skipped:
-            return None, "the update was applied (on_nonfinite='ignore'), so that its weights are gone"
-        if self._method == "replay" and not module.training:
-            return None, None
-        together = Together()
-        for held in self._attempted:
-            finding, failure = self._try_to_look_at(trainer, module, held, report, together)
-            # Ranks replay the same batches: one that stopped earlier would miss the collectives of the others.
-            is_done = finding is not None or failure is not None
-            if together.any_rank(is_done) if self._method == "replay" else is_done:
-                return (held, finding) if finding is not None else None, failure
-        return None, None
-
-    def _try_to_look_at(
-        self, trainer: Trainer, module: LightningModule, held: HeldBatch, report: StepReport, together: Together
-    ) -> tuple[Finding | None, str | None]:
-        try:
-            return self._look_at(trainer, module, held, report, together), None
-        except RanksPartedError:
-            return None, _PARTED
-        # Watching must not end a run: whatever the user's code or the device raises is said, once.
-        except Exception as error:
-            return None, f"the replay failed with {type(error).__name__}: {error}"
-
-    def _look_at(
-        self, trainer: Trainer, module: LightningModule, held: HeldBatch, report: StepReport, together: Together
-    ) -> Finding | None:
-        if held.seen is not None:
-            held.seen.statistics.read()
-            seen = held.seen if self._stepped is None else part_for(held.seen, parameters_of(self._stepped))
-            if seen is not None and self._plugin is not None and not report.loss_nonfinite:
-                # The loss that was noted is the scaled one, which may overflow by itself.
-                seen = replace(seen, loss=[])
-            return None if seen is None else find_culprit(seen)
-        with nullcontext() if self._plugin is None else self._plugin.unrecorded():
-            return replay(
-                module,
-                partial(training_loss, trainer, module, held.batch_idx),
-                held.batch,
-                rng=held.rng,
-                loss_scale=report.loss_scale,
-                region=trainer.precision_plugin.forward_context,
-                silenced=("log", "log_dict"),
-                together=together,
-            )
-
-    def _find_in_gradients(self, module: LightningModule, report: StepReport) -> Finding:
-        named = list(module.named_parameters())
-        if self._stepped is not None:
-            stepped = set(parameters_of(self._stepped))
-            named = [(name, parameter) for name, parameter in named if parameter in stepped]
-        if self._amaxes is not None:
-            params, amaxes = self._amaxes
-            largest = dict(zip(map(id, params), amaxes.tolist(), strict=True))
-            for name, parameter in reversed(named):
-                value = largest.get(id(parameter), 0.0)
-                if not math.isfinite(value):
-                    return Finding("backward", name, "nan" if math.isnan(value) else "inf", 0, {"grad": value})
-        has_gradients = self._zeroed_step <= report.step
-        found = find_in_gradients(named) if has_gradients else None
-        if found is None and report.loss_nonfinite:
-            return Finding("loss", "loss", "nan", 0)
-        return found or _UNKNOWN
-
-    def _make_event(
-        self, trainer: Trainer, report: StepReport, held: HeldBatch | None, finding: Finding
-    ) -> OverflowEvent:
-        return OverflowEvent(
-            step=report.step,
-            batch_idx=held.batch_idx if held is not None else -1,
-            rank=trainer.global_rank,
-            phase=finding.phase,
-            fqn=finding.fqn,
-            kind=finding.kind,
-            count=finding.count,
-            amax=finding.amax,
-            loss_scale=report.loss_scale,
+        answer = Inquiry(
+            trainer=trainer,
+            module=module,
+            plugin=self._plugin,
+            report=report,
+            method=self._method,
+            batches=self._window.of(report.step),
+            stepped=self._stepped,
+            amaxes=self._amaxes,
+            has_gradients=self._zeroed_step <= report.step,
             calibrating=self._is_calibrating(),
-        )
+        ).run()
+        if answer.failure is not None and self._method == "replay":
+            self._fall_back(answer.failure)
+        if self._directory is not None and answer.held is not None:
+            save_batch(self._directory, answer.held, report, trainer.global_rank)
+        return answer.events
 
     def _is_calibrating(self) -> bool:
         if self._plugin is None:
