@@ -70,13 +70,13 @@ class LayerBackend:
     def is_active(self, layer: nn.Linear, x: Tensor) -> bool:
         """Tell whether this call runs in FP8.
 
-        What a plain layer refuses, such as FP64 beside 16 bits or a number without dimensions, is left to
-        it to refuse. The autocast region marks where: activation checkpointing restores it for the
-        recompute, in both modes, and an island without autocast stays in full precision.
+        What a plain layer refuses, such as FP64 beside 16 bits, a number without dimensions or rows of
+        another width, is left to it to refuse. The autocast region marks where: activation checkpointing
+        restores it for the recompute, in both modes, and an island without autocast stays in full precision.
         """
         if self.demoted or not (layer.training or self.settings.fp8_in_eval):
             return False
-        if x.dtype not in _DTYPES or x.dim() == 0:
+        if x.dtype not in _DTYPES or x.dim() == 0 or x.shape[-1] != layer.in_features:
             return False
         return torch.is_autocast_enabled(x.device.type)
 

@@ -286,14 +286,18 @@ def _check_epsilon(field: str, value: Any) -> None:
 
 
 def _from_engine_object(value: Any) -> FP8Recipe:
-    """Read a Transformer Engine recipe by the name of its class, without importing the library."""
-    classes = {c.__name__ for c in type(value).__mro__}
+    """Read a Transformer Engine recipe by the name of its class, without importing the library.
+
+    A class that is derived from a recipe of the library is that recipe: the library asks with ``isinstance``.
+    """
+    classes = [c.__name__ for c in type(value).__mro__]
     if "Recipe" not in classes:
         raise SettingTypeError(
             f"recipe={value!r} has type {type(value).__name__}. Pass one of {_list(RECIPE_NAMES)}, a dict with that "
             "name and the recipe's fields, or a Transformer Engine recipe object."
         )
-    return PassThroughRecipe(_ENGINE_CLASSES.get(type(value).__name__, type(value).__name__), source=value)
+    known = [_ENGINE_CLASSES[name] for name in classes if name in _ENGINE_CLASSES]
+    return PassThroughRecipe((*known, classes[0])[0], source=value)
 
 
 def emulated_twin(recipe: FP8Recipe) -> FP8Recipe:

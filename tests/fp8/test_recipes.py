@@ -160,6 +160,12 @@ def test_recipe_object_is_handed_on_as_it_is_and_has_an_emulated_twin() -> None:
     )
 
 
+def test_object_of_a_derived_class_is_the_recipe_it_is_derived_from() -> None:
+    derived = parse_recipe(type("Mine", (DelayedScalingObject,), {"amax_history_len": 8})())
+    assert derived.name == "delayed"
+    assert emulated_twin(derived).amax_history_len == 8
+
+
 def test_current_scaling_object_brings_its_quantization_settings() -> None:
     params = SimpleNamespace(power_2_scale=True, amax_epsilon=0.5)
     source_class = type("Float8CurrentScaling", (Recipe,), {"fp8_quant_bwd_grad": params, "fp8_format": Format.HYBRID})
