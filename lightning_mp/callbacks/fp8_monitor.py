@@ -50,9 +50,9 @@ class FP8Monitor(Callback):
 
     A measurement covers the batches of one step: those that are accumulated for it, and in manual
     optimization all that ``training_step`` does for any optimizer. Validation in between is left out.
-    Between measured steps nothing is computed and the device is not read. On Transformer Engine a measured step
-    casts a second time, with the emulated recipe, because the library keeps no unquantized operand.
-    Layers inside ``torch.compile`` are not measured.
+    Between measured steps nothing is computed and the device is not read. On Transformer Engine its own casts are
+    measured; the output gradient of a layer with a bias, whose cast it does not show, is cast a second time with
+    the emulated recipe. Emulated layers inside ``torch.compile`` are not measured.
 
     Logged at measured steps, the worst over layers and operands:
 

@@ -33,7 +33,8 @@ class FP8Config:
         fp8_in_eval: Whether modules in evaluation mode use FP8 as well. If not, that goes for training steps
             too: a frozen backbone that was put in ``eval()`` runs in BF16. Delayed scaling learns its scales
             in training mode only.
-        cache_weights: Whether a weight is cast once per optimizer step, not once per forward.
+        cache_weights: Whether a weight is cast once per optimizer step, not once per forward. In evaluation
+            Transformer Engine casts it at each forward.
 
     Raises:
         SettingTypeError: If a setting has a type that is not allowed.

@@ -15,7 +15,7 @@ memory: an infinity that enters a layer is not seen in its results. A NaN is.
 """
 
 import importlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -59,6 +59,16 @@ _CLASS_NAMES = {
     "mxfp8": "MXFP8BlockScaling",
     "nvfp4": "NVFP4BlockScaling",
 }
+_UNTRACED = "Transformer Engine's layers run outside the graphs of torch.compile; use fullgraph=False"
+_REMEDY = "Exclude the layers in FP8Config(exclude=...), or use precision='bf16'."
+_SECOND_DERIVATIVE = (
+    "backward with create_graph=True reached a layer in FP8. Transformer Engine's layers have no second derivative: "
+    f"their part of it would be missing without an error. {_REMEDY}"
+)
+_SECOND_BACKWARD = (
+    "A second backward through one forward (retain_graph=True) reached a layer in FP8, and Transformer Engine frees "
+    f"what the first one needs. Add up the losses and go backward once, or run the forward again. {_REMEDY}"
+)
 _QUANTIZATION_FIELDS: dict[str, Operand] = {
     "fp8_quant_fwd_inp": "input",
     "fp8_quant_fwd_weight": "weight",
@@ -109,8 +119,8 @@ def build_recipe(recipe: FP8Recipe) -> Any:
     settings = dict(recipe.settings or {}) if isinstance(recipe, PassThroughRecipe) else dict(vars(recipe))
     for key in _QUANTIZATION_FIELDS:
         settings.pop(key, None)
-    if "fp8_format" in settings:
-        settings["fp8_format"] = library.Format[settings["fp8_format"]]
+    if isinstance(settings.get("fp8_format"), str):
+        settings["fp8_format"] = _format(library, recipe.name, settings["fp8_format"])
     try:
         built = recipe_class(**settings)
     except (TypeError, ValueError, AssertionError) as error:
@@ -118,6 +128,13 @@ def build_recipe(recipe: FP8Recipe) -> Any:
     if isinstance(recipe, (CurrentScaling, BlockScaling)):
         _set_quantization(library, built, recipe)
     return built
+
+
+def _format(library: Any, recipe_name: str, format_name: str) -> Any:
+    if format_name not in library.Format.__members__:
+        allowed = ", ".join(map(repr, library.Format.__members__))
+        raise SettingValueError(f"recipe={recipe_name!r}: fp8_format={format_name!r} is not known. Allowed: {allowed}.")
+    return library.Format[format_name]
 
 
 def _set_quantization(library: Any, built: Any, recipe: CurrentScaling | BlockScaling) -> None:
@@ -139,6 +156,9 @@ class EngineSession:
         self.twin = emulated_twin(recipe)
         self.recipe = build_recipe(recipe)
         self.is_delayed = recipe.name == "delayed"
+        self.engines: list[Any] = []
+        # Traced, its bookkeeping would be compiled frame by frame around a library that is not traced at all.
+        self.compute_untraced = torch._dynamo.disable(EngineBackend.compute, reason=_UNTRACED)  # type: ignore[no-untyped-call]
         self._is_held = False
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "EngineSession":
@@ -169,7 +189,8 @@ class EngineSession:
             _change_depth(-1)
             self._is_held = False
         if self.is_delayed:
-            _manager().reset()
+            _forget(self.engines)
+        self.engines = []
 
     def _hold(self) -> None:
         if self.is_delayed and not self._is_held:
@@ -183,18 +204,35 @@ def _manager() -> Any:
     return FP8GlobalStateManager
 
 
+def _state() -> Any:
+    """Return what holds the library's global state, which moved into an object of its own after 2.12."""
+    return getattr(_manager(), "quantization_state", _manager())
+
+
 def _change_depth(by: int) -> None:
-    manager = _manager()
-    # The state moved into an object of its own after 2.12.
-    holder, name = (manager, "AUTOCAST_DEPTH")
-    if not hasattr(manager, name):
-        holder, name = getattr(manager, "quantization_state", None), "autocast_depth"
+    holder = _state()
+    name = "AUTOCAST_DEPTH" if holder is _manager() else "autocast_depth"
     if not hasattr(holder, name):
         raise UnsupportedError(
             "recipe='delayed' needs to know the depth of Transformer Engine's region, which this version keeps "
             "elsewhere. Use recipe='current', or Transformer Engine 2.9 to 2.20."
         )
     setattr(holder, name, getattr(holder, name) + by)
+
+
+def _forget(engines: Iterable[Any]) -> None:
+    """Take modules out of the library's global buffers, which keep each module that ever ran.
+
+    Its own ``reset`` would take all modules out, and one that is out never comes back: the scales of a module
+    that a model brings itself would stand still in its next run. A list that is shared with such a module stays,
+    because modules know their places in it.
+    """
+    ours = {id(meta.scale) for engine in engines for meta in _metas(engine) or ()}
+    state = _state()
+    for key, scales in list(state.global_scale_buffer.items()):
+        if all(id(scale) in ours for scale in scales):
+            for buffer in (state.global_amax_buffer, state.global_amax_history_buffer, state.global_scale_buffer):
+                del buffer[key]
 
 
 class EngineDelayedState:
@@ -204,13 +242,14 @@ class EngineDelayedState:
     input gradient); ours are input, weight, output gradient.
     """
 
-    def __init__(self, recipe: DelayedScaling) -> None:
+    def __init__(self, recipe: DelayedScaling, backend: "EngineBackend") -> None:
         self._saved = DelayedState(recipe)
         self._is_pending = False
+        self._backend = backend
 
-    def state_dict(self, engine: Any = None) -> dict[str, Tensor]:
+    def state_dict(self) -> dict[str, Tensor]:
         """Return copies of the tensors, on the CPU."""
-        metas = None if engine is None else _metas(engine)
+        metas = _metas(self._backend.engine)
         if metas is None or self._is_pending:
             return self._saved.state_dict()
         forward, backward = metas
@@ -219,16 +258,29 @@ class EngineDelayedState:
         return {"scale": scale.cpu().clone(), "amax_history": history.cpu().clone()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> bool:
-        """Continue from saved tensors at the next forward; return whether they fit the history's length."""
-        self._is_pending = self._saved.load_state_dict(dict(state))
-        return self._is_pending
+        """Continue from saved tensors; return whether they fit the history's length.
 
-    def apply(self, engine: Any) -> None:
+        What a layer that has run continues from must be in place before the next update of the scales.
+        """
+        fits = self._is_pending = self._saved.load_state_dict(dict(state))
+        if fits and _metas(self._backend.engine) is not None:
+            self._write()
+        return fits
+
+    def prepare(self) -> Any:
+        """Make the library build its tensors, with what was loaded; return those of the forward."""
+        engine = self._backend.engine
+        if self._is_pending or _metas(engine) is None:
+            with torch.inference_mode(False):
+                engine.init_fp8_metadata(num_gemms=1)
+                if self._is_pending:
+                    self._write()
+        return engine.fp8_meta["scaling_fwd"]
+
+    def _write(self) -> None:
         """Write loaded tensors into the library's, in place: it keeps pointers to them."""
-        if not self._is_pending:
-            return
-        engine.init_fp8_metadata(num_gemms=1)
-        forward, backward = engine.fp8_meta["scaling_fwd"], engine.fp8_meta["scaling_bwd"]
+        meta = self._backend.engine.fp8_meta
+        forward, backward = meta["scaling_fwd"], meta["scaling_bwd"]
         forward.scale[:2].copy_(self._saved.scale[:2])
         forward.amax_history[:, :2].copy_(self._saved.amax_history[:, :2])
         backward.scale[:1].copy_(self._saved.scale[2:])
@@ -237,7 +289,7 @@ class EngineDelayedState:
 
 
 def _metas(engine: Any) -> tuple[Any, Any] | None:
-    meta = engine.fp8_meta
+    meta = {} if engine is None else engine.fp8_meta
     return (meta["scaling_fwd"], meta["scaling_bwd"]) if "scaling_fwd" in meta and "scaling_bwd" in meta else None
 
 
@@ -252,46 +304,50 @@ class EngineBackend(LayerBackend):
     def __init__(self, settings: LayerSettings, session: EngineSession) -> None:
         super().__init__(settings)
         self.session = session
-        self.delayed = _BoundState(self) if isinstance(session.twin, DelayedScaling) else None
+        self.delayed = EngineDelayedState(session.twin, self) if isinstance(session.twin, DelayedScaling) else None
         self.engine: Any = None
         self._cast_from: tuple[Any, ...] | None = None
-        self._kept_for: tuple[bool, ...] | None = None
+        self._kept_for: tuple[bool, bool] | None = None
         self._watches: list[CastWatch] = []
 
     def forward(self, layer: nn.Linear, x: Tensor) -> Tensor:
         """Return what the layer makes of ``x`` of shape ``(..., in_features)``."""
+        if torch.compiler.is_compiling():
+            return self.session.compute_untraced(self, layer, x)  # type: ignore[no-any-return]
+        return self.compute(layer, x)
+
+    def compute(self, layer: nn.Linear, x: Tensor) -> Tensor:
+        """Return what the layer makes of ``x``, outside any graph of ``torch.compile``."""
         engine = self._bind(layer)
         rows = x.reshape(-1, x.shape[-1])
         num_rows = rows.shape[0]
         missing = -num_rows % ALIGNMENT if num_rows else ALIGNMENT
         padded = nn.functional.pad(rows, (0, 0, 0, missing)) if missing else rows
-        with self.session.layer_region(), self._history(layer, engine):
+        with self.session.layer_region(), self._history(layer):
             if self.settings.step.collects:
                 self._watches = self._watches or watch_casts(engine, self.session.twin, self._seen(layer), self._keep)
-            y = engine(padded, is_first_microbatch=self._is_first_use(layer.weight, padded))
+            y = engine(padded, is_first_microbatch=self._is_first_use(layer, padded))
+        if y.grad_fn is not None:
+            y.grad_fn.register_prehook(_FirstBackwardOnly())
         if self.settings.step.collects:
             self._measure_the_rest(engine, layer, rows, y)
         return y[:num_rows].reshape(*x.shape[:-1], layer.out_features)  # type: ignore[no-any-return]
 
     @contextmanager
-    def _history(self, layer: nn.Linear, engine: Any) -> Iterator[None]:
+    def _history(self, layer: nn.Linear) -> Iterator[None]:
         """Bring loaded history in, and keep the amax of evaluation out: the library's casts note it in any mode."""
         if self.delayed is None:
             yield
             return
-        self.delayed.apply(engine)
+        forward = self.delayed.prepare()
         self.settings.step.has_amax |= layer.training
         if layer.training:
             yield
             return
-        with torch.inference_mode(False):
-            engine.init_fp8_metadata(num_gemms=1)
-        entry = engine.fp8_meta["scaling_fwd"].amax_history[0]
+        entry = forward.amax_history[0]
         before = entry.clone()
         yield
         entry.copy_(before)
-        # A weight that was cast here has not told its amax.
-        self._cast_from = None
 
     def _bind(self, layer: nn.Linear) -> Any:
         """Return the library's module, on the parameters that the layer has now.
@@ -307,6 +363,7 @@ class EngineBackend(LayerBackend):
             )
         if self.engine is None:
             self.engine = _build_engine(layer)
+            self.session.engines.append(self.engine)
         engine = self.engine
         engine._parameters["weight"] = layer._parameters["weight"]
         if layer.bias is not None:
@@ -314,33 +371,43 @@ class EngineBackend(LayerBackend):
         engine.training = layer.training
         return engine
 
-    def _is_first_use(self, weight: Tensor, x: Tensor) -> bool | None:
-        """Tell whether the weight must be cast; ``None`` keeps no cast weight."""
+    def _is_first_use(self, layer: nn.Linear, x: Tensor) -> bool | None:
+        """Tell whether the weight must be cast; ``None`` keeps no cast weight.
+
+        Evaluation casts at each call, for itself alone: averaged weights are swapped in and out through
+        ``weight.data``, which leaves the version as it is, and delayed scaling wants the amax of training.
+        """
         if not self.settings.cache_weights:
             self.weight_casts += 1
             return None
+        weight, cast = layer.weight, self._cast_from
         needs_transpose = torch.is_grad_enabled() and x.requires_grad
+        is_inference = torch.is_inference_mode_enabled()
         version = None if weight.is_inference() else weight._version
-        key = (weight, weight.data_ptr(), version, needs_transpose)
-        cast = self._cast_from
-        is_known = cast is not None and cast[0] is weight and cast[1:] == key[1:]
-        if is_known and version is not None:
+        key = (weight.data_ptr(), version, is_inference)
+        is_known = cast is not None and cast[0] is weight and cast[2:] == key and cast[1] >= needs_transpose
+        if is_known and version is not None and layer.training:
             return False
-        self._drop_unfit(needs_transpose, torch.is_inference_mode_enabled())
-        self._cast_from = key
+        has_transpose = self._drop_unfit(needs_transpose, is_inference)
+        self._cast_from = (weight, has_transpose, *key) if layer.training else None
         self.weight_casts += 1
         return True
 
-    def _drop_unfit(self, *kept_for: bool) -> None:
+    def _drop_unfit(self, needs_transpose: bool, is_inference: bool) -> bool:
         """Make the library build its cast weight anew where the one it keeps cannot serve this call.
 
         What it cast for evaluation has no transpose, and in inference mode it cannot be saved for backward.
-        The library casts into the memory that it keeps and sees to the transpose of some recipes only (2.12,
+        The library casts into the memory that it keeps, and sees to the transpose of some recipes only (2.12,
         get_weight_workspace).
+
+        Returns:
+            Whether what it casts now has a transpose: into memory that has one it writes both.
         """
-        if self._kept_for not in (None, kept_for):
+        kept = self._kept_for
+        if kept is None or kept[0] < needs_transpose or kept[1] is not is_inference:
             getattr(self.engine, "_fp8_workspaces", {}).pop("weight", None)
-        self._kept_for = kept_for
+            kept = self._kept_for = (needs_transpose, is_inference)
+        return kept[0]
 
     def invalidate_weight(self) -> None:
         self._cast_from = None
@@ -391,15 +458,20 @@ def _measure_grad(shadow: EmulatedBackend, grad: Tensor) -> None:
         shadow.quantize(grad, "grad", is_recorded=False)
 
 
-class _BoundState(EngineDelayedState):
-    """The delayed-scaling state of a backend's current module."""
+class _FirstBackwardOnly:
+    """Refuses, before the backward of one call, what the library would get wrong or fail at without a word of it."""
 
-    def __init__(self, backend: EngineBackend) -> None:
-        super().__init__(backend.session.twin)  # type: ignore[arg-type]
-        self._backend = backend
+    __slots__ = ("_is_done",)
 
-    def state_dict(self, engine: Any = None) -> dict[str, Tensor]:
-        return super().state_dict(self._backend.engine)
+    def __init__(self) -> None:
+        self._is_done = False
+
+    def __call__(self, grads: tuple[Tensor, ...]) -> None:
+        if torch.is_grad_enabled():
+            raise UnsupportedError(_SECOND_DERIVATIVE)
+        if self._is_done:
+            raise UnsupportedError(_SECOND_BACKWARD)
+        self._is_done = True
 
 
 def _build_engine(layer: nn.Linear) -> Any:

@@ -29,12 +29,15 @@ from lightning_mp.fp8.transformer_engine import build_recipe, import_facts
 
 
 class Manager:
-    """FP8GlobalStateManager of 2.12, its depth and its updates only."""
+    """FP8GlobalStateManager of 2.12, its depth, its updates and its buffers only."""
 
-    AUTOCAST_DEPTH = 0
-    enabled = False
-    updates: list[bool] = []  # noqa: RUF012 - one book for the whole stand-in, emptied by the fixture
-    resets = 0
+    # One book for the whole stand-in, which the fixture opens.
+    AUTOCAST_DEPTH: int
+    enabled: bool
+    updates: list[bool]
+    global_amax_buffer: dict[str, list[torch.Tensor]]
+    global_amax_history_buffer: dict[str, list[torch.Tensor]]
+    global_scale_buffer: dict[str, list[torch.Tensor]]
 
     @classmethod
     def is_fp8_enabled(cls) -> bool:
@@ -45,9 +48,10 @@ class Manager:
         cls.updates.append(forward)
 
     @classmethod
-    def reset(cls) -> None:
-        cls.AUTOCAST_DEPTH = 0
-        cls.resets += 1
+    def register(cls, key: str, meta: Any) -> None:
+        cls.global_amax_buffer.setdefault(key, []).append(meta.amax_history[0])
+        cls.global_amax_history_buffer.setdefault(key, []).append(meta.amax_history)
+        cls.global_scale_buffer.setdefault(key, []).append(meta.scale)
 
 
 @contextmanager
@@ -76,13 +80,17 @@ class Linear(nn.Module):
 
     def init_fp8_metadata(self, num_gemms: int) -> None:
         for key, columns in (("scaling_fwd", 3), ("scaling_bwd", 2)):
-            meta = SimpleNamespace(scale=torch.ones(columns), amax_history=torch.zeros(4, columns))
-            self.fp8_meta.setdefault(key, meta)
+            if key not in self.fp8_meta:
+                meta = SimpleNamespace(scale=torch.ones(columns), amax_history=torch.zeros(4, columns))
+                self.fp8_meta[key] = meta
+                Manager.register(key, meta)
 
     def forward(self, x, is_first_microbatch=None):
         assert Manager.enabled
         assert x.shape[0] % 16 == 0
         assert x.shape[0] > 0
+        assert x.shape[1] == self.weight.shape[1], "GEMM not possible"
+        self.was_traced = torch.compiler.is_compiling()
         self.init_fp8_metadata(1)
         self.calls.append(is_first_microbatch)
         with torch.no_grad():  # its casts note the amax in any mode, the weight's where it is cast
@@ -123,7 +131,8 @@ def library(monkeypatch) -> type[Manager]:
     modules[".pytorch.quantization"].FP8GlobalStateManager = Manager
     for name, module in modules.items():
         monkeypatch.setitem(sys.modules, f"transformer_engine{name}", module)
-    Manager.AUTOCAST_DEPTH, Manager.enabled, Manager.updates, Manager.resets = 0, False, [], 0
+    Manager.AUTOCAST_DEPTH, Manager.enabled, Manager.updates = 0, False, []
+    Manager.global_amax_buffer, Manager.global_amax_history_buffer, Manager.global_scale_buffer = {}, {}, {}
     return Manager
 
 
@@ -216,6 +225,35 @@ def test_weight_that_evaluation_cast_does_not_serve_training(library) -> None:
     assert kept == [False, True, False, True, False, True]
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_weight_that_was_swapped_through_data_for_evaluation_is_cast_and_does_not_serve_training(library, mode) -> None:
+    model, engine = model_and_engine(fp8_in_eval=True)
+    x = torch.randn(16, 32)  # without gradient: training and evaluation ask for the same cast
+    forward(model, engine, x).backward()
+    engine.on_optimizer_step()
+    for factor in (0.5, 2.0):  # averaged weights come and go, as in Lightning's WeightAveraging
+        model[0].weight.data.mul_(factor)
+        model.eval()
+        with mode():
+            forward(model, engine, x)
+        model.train()
+    forward(model, engine, x)
+    assert model[0]._fp8.engine.calls == [True, True, True, True]
+
+
+def test_reentrant_checkpointing_casts_a_weight_once_per_step_after_the_first(library) -> None:
+    model, engine = model_and_engine()
+    for _ in range(2):
+        for _ in range(3):
+            x = torch.randn(16, 32, requires_grad=True)
+            with torch.autocast("cpu", torch.bfloat16), engine.autocast_context():
+                loss = checkpoint(model, x, use_reentrant=True).float().sum()
+            loss.backward()
+        engine.on_optimizer_step()
+    # The first forward runs without gradients and gets no transpose, which its recompute needs.
+    assert model[0]._fp8.engine.calls == [True, True, False, False, False, False, True, *([False] * 5)]
+
+
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
 def test_evaluation_leaves_the_librarys_amax_history_to_training(library, mode) -> None:
     model, engine = model_and_engine({"name": "delayed", "amax_history_len": 4}, fp8_in_eval=True)
@@ -291,13 +329,26 @@ def test_other_recipes_are_never_held_open(library) -> None:
 @pytest.mark.parametrize("recipe", ["current", "delayed"])
 def test_region_and_depth_are_restored_after_an_exception_and_a_teardown(library, recipe) -> None:
     model, engine = model_and_engine(recipe)
-    with pytest.raises(RuntimeError):
+    forward(model, engine, torch.randn(16, 32))
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):  # as a plain layer says it
         forward(model, engine, torch.randn(16, 31))
     assert not library.enabled
     engine.revert_()
     assert library.AUTOCAST_DEPTH == 0
-    assert library.resets == (recipe == "delayed")
     assert type(model[0]) is nn.Linear
+
+
+def test_modules_that_others_brought_keep_their_places_in_the_librarys_buffers(library) -> None:
+    model, engine = model_and_engine("delayed")
+    metas = [SimpleNamespace(scale=torch.ones(3), amax_history=torch.zeros(4, 3)) for _ in range(2)]
+    library.register("scaling_fwd", metas[0])  # in a list with the model's layers
+    library.register("another recipe", metas[1])
+    forward(model, engine, torch.randn(16, 32))
+    assert list(library.global_scale_buffer) == ["scaling_fwd", "another recipe", "scaling_bwd"]
+    engine.revert_()
+    for buffer in (library.global_scale_buffer, library.global_amax_buffer, library.global_amax_history_buffer):
+        assert list(buffer) == ["scaling_fwd", "another recipe"]
+    assert library.global_scale_buffer["scaling_fwd"][0] is metas[0].scale
 
 
 def test_depth_that_cannot_be_found_is_an_error(library, monkeypatch) -> None:
@@ -309,7 +360,7 @@ def test_depth_that_cannot_be_found_is_an_error(library, monkeypatch) -> None:
 
 def test_depth_of_newer_versions_is_found(library, monkeypatch) -> None:
     model, engine = model_and_engine("delayed")
-    state = SimpleNamespace(autocast_depth=0)
+    state = SimpleNamespace(autocast_depth=0, global_scale_buffer={})
     monkeypatch.delattr(Manager, "AUTOCAST_DEPTH")
     monkeypatch.setattr(Manager, "quantization_state", state, raising=False)
     engine._session._hold()
@@ -339,6 +390,27 @@ def test_delayed_state_travels_as_three_columns(library) -> None:
     assert other.state_dict()["delayed"]["0"]["amax_history"][1].tolist() == [5.0, 0.0, 0.0]
 
 
+def test_tensors_of_the_library_can_be_written_after_evaluation_in_inference_mode_came_first(library) -> None:
+    model, engine = model_and_engine({"name": "delayed", "amax_history_len": 4}, fp8_in_eval=True)
+    engine.load_state_dict(engine.state_dict())  # a resumed run that validates before it trains
+    model.eval()
+    with torch.inference_mode():
+        forward(model, engine, torch.randn(16, 32))
+    metas = model[0]._fp8.engine.fp8_meta
+    assert not any(t.is_inference() for meta in metas.values() for t in (meta.scale, meta.amax_history))
+
+
+def test_replay_leaves_the_librarys_history_to_the_step_that_follows(library) -> None:
+    model, engine = model_and_engine({"name": "delayed", "amax_history_len": 4})
+    forward(model, engine, torch.randn(16, 32)).backward()
+    history = model[0]._fp8.engine.fp8_meta["scaling_fwd"].amax_history
+    seen = history.clone()
+    with engine.unrecorded():
+        forward(model, engine, 100 * torch.randn(16, 32))
+    # The library updates its scales from these tensors before the next forward.
+    assert torch.equal(history, seen)
+
+
 def test_emulated_state_continues_on_the_library_with_a_notice(library) -> None:
     model = nn.Sequential(nn.Linear(32, 64), nn.Linear(64, 16))
     first = FP8Engine(FP8Config(recipe={"name": "delayed", "amax_history_len": 4}, backend="emulated"))
@@ -353,6 +425,36 @@ def test_emulated_state_continues_on_the_library_with_a_notice(library) -> None:
     assert second.load_state_dict(saved) == ["the FP8 backend was 'emulated' and is 'transformer_engine'"]
     forward(model, second, torch.randn(16, 32))
     assert torch.equal(second.state_dict()["delayed"]["0"]["scale"], saved["delayed"]["0"]["scale"])
+
+
+def test_second_derivative_is_refused(library) -> None:
+    model, engine = model_and_engine()
+    x = torch.randn(16, 32, requires_grad=True)
+    loss = forward(model, engine, x)
+    with pytest.raises(UnsupportedError, match=r"create_graph=True.*no second derivative.*exclude"):
+        torch.autograd.grad(loss, x, create_graph=True)
+
+
+def test_second_backward_through_one_forward_is_refused(library) -> None:
+    model, engine = model_and_engine()
+    loss = forward(model, engine, torch.randn(16, 32))
+    loss.backward(retain_graph=True)
+    with pytest.raises(UnsupportedError, match=r"retain_graph=True.*Add up the losses"):
+        loss.backward()
+
+
+# torch 2.13: dynamo looks at the grad of what one graph hands to the next; pytest undoes the filter of its import.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
+def test_layers_on_the_library_stay_outside_the_graphs_of_a_compiled_model(library) -> None:
+    torch._dynamo.reset()
+    model, engine = model_and_engine()
+    x = torch.randn(16, 32)
+    expected = forward(model, engine, x)
+    assert torch.equal(forward(torch.compile(model, backend="aot_eager"), engine, x), expected)
+    assert not model[0]._fp8.engine.was_traced
+    torch._dynamo.reset()
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="use fullgraph=False"):
+        forward(torch.compile(model, backend="aot_eager", fullgraph=True), engine, x)
 
 
 def test_copies_never_call_the_library(library) -> None:
@@ -404,6 +506,8 @@ def test_recipe_objects_get_the_users_fields(library) -> None:
 def test_field_that_the_library_does_not_know_is_a_setting_error(library) -> None:
     with pytest.raises(SettingValueError, match=r"recipe='mxfp8': MXFP8BlockScaling says: unexpected"):
         build_recipe(parse_recipe({"name": "mxfp8", "unknown": 1}))
+    with pytest.raises(SettingValueError, match=r"recipe='mxfp8': fp8_format='E9' is not known. Allowed: 'E4M3', "):
+        build_recipe(parse_recipe({"name": "mxfp8", "fp8_format": "E9"}))
 
 
 def test_missing_library_is_told_without_an_import() -> None:
@@ -576,14 +680,15 @@ def test_checkpointing_on_the_library_gives_the_plain_gradients(gpu_pair, recipe
 
 @pytest.mark.fp8
 @pytest.mark.parametrize("recipe", ["current", "delayed", "block"])
-def test_training_on_the_library_after_validation_in_fp8_gives_the_gradients_without_it(recipe) -> None:
+@pytest.mark.parametrize("needs_gradient", [False, True])
+def test_training_on_the_library_after_validation_in_fp8_gives_the_gradients_without_it(recipe, needs_gradient) -> None:
     grads = []
     for validates in (False, True):
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(256, 512), nn.GELU(), nn.Linear(512, 256), nn.Linear(256, 16)).cuda()
         engine = FP8Engine(FP8Config(recipe=recipe, backend="transformer_engine", fp8_in_eval=True))
         engine.convert_(model)
-        x = torch.randn(64, 256, device="cuda", requires_grad=True)
+        x = torch.randn(64, 256, device="cuda", requires_grad=needs_gradient)
         if validates:
             model.eval()
             with torch.inference_mode(), torch.autocast("cuda", torch.bfloat16), engine.autocast_context():
@@ -604,3 +709,52 @@ def test_padded_rows_on_the_library_give_the_unpadded_result(gpu_pair, recipe) -
     with torch.no_grad(), torch.autocast("cuda", torch.bfloat16), engine.autocast_context():
         whole, part = model[0](x), model[0](x[:37])
     assert torch.equal(whole[:37], part)
+
+
+@pytest.mark.fp8
+def test_replay_on_the_library_leaves_scales_and_history_as_they_would_be_without_it(gpu_pair) -> None:
+    states = []
+    for replays in (False, True):
+        model, engine = gpu_pair({"name": "delayed", "amax_history_len": 4})[0]
+        for step in range(3):
+            torch.manual_seed(step)
+            gpu_step(model, engine, torch.randn(64, 256, device="cuda"))
+            if replays:
+                with engine.unrecorded():
+                    gpu_step(model, engine, 100 * torch.randn(64, 256, device="cuda"))
+                model.zero_grad()
+            engine.on_optimizer_step()
+        states.append(engine.state_dict()["delayed"])
+        engine.revert_()
+    torch.testing.assert_close(states[0], states[1], rtol=0, atol=0)
+
+
+@pytest.mark.fp8
+def test_layers_that_a_model_brings_learn_their_scales_in_each_run() -> None:
+    import transformer_engine.pytorch as te
+
+    model = nn.Sequential(te.Linear(256, 256), nn.Linear(256, 16)).cuda()
+    for factor in (1.0, 8.0):
+        engine = FP8Engine(FP8Config(recipe={"name": "delayed", "amax_history_len": 2}, backend="transformer_engine"))
+        engine.convert_(model)
+        x = factor * torch.randn(64, 256, device="cuda")
+        for _ in range(2):
+            gpu_step(model, engine, x)
+            engine.on_optimizer_step()
+        engine.revert_()
+        scale = model[0].fp8_meta["scaling_fwd"].scale[0]
+        torch.testing.assert_close(scale, 448 / x.abs().max(), rtol=1e-6, atol=0)
+
+
+@pytest.mark.fp8
+@pytest.mark.parametrize("recipe", ["current", "block"])
+def test_second_derivative_and_second_backward_are_refused_on_the_library(gpu_pair, recipe) -> None:
+    model, engine = gpu_pair(recipe)[0]
+    x = torch.randn(64, 256, device="cuda", requires_grad=True)
+    with torch.autocast("cuda", torch.bfloat16), engine.autocast_context():
+        loss = model(x).float().square().mean()
+    with pytest.raises(UnsupportedError, match="create_graph=True"):
+        torch.autograd.grad(loss, x, create_graph=True)
+    loss.backward(retain_graph=True)
+    with pytest.raises(UnsupportedError, match="retain_graph=True"):
+        loss.backward()
