@@ -1,5 +1,6 @@
 """What to do when torch says that an operation met two dtypes, while weights are in 16 bits."""
 
+import re
 from types import TracebackType
 
 from torch import nn
@@ -9,11 +10,15 @@ from lightning_mp.precision.notices import notice
 
 __all__ = ["add_dtype_hint"]
 
-_WORDS = ("dtype", "scalar type", "same type", "BFloat16", "Half")
+# Torch writes c10::BFloat16, CPUBFloat16Type, torch.bfloat16, Half; float, Float, torch.float32, Double.
+_NARROW = re.compile(r"bfloat16|float16|\bhalf\b|HalfT", re.IGNORECASE)
+_WIDE = re.compile(r"\b(torch\.)?(float|double)(32|64)?\b", re.IGNORECASE)
+# CPU norms and embedding_bag name one dtype or none.
+_OTHER_WORDS = ("mixed dtype (CPU)", "to have the same type as tensor for argument", "to be equal to src.dtype")
 
 
 def add_dtype_hint(error: BaseException | None, module: nn.Module | None, master_weights: str) -> None:
-    """Add to a ``RuntimeError`` of torch about dtypes that 16-bit weights may be its cause, and the fix.
+    """Add to a ``RuntimeError`` of torch about a 16-bit and a wider dtype that 16-bit weights may be its cause.
 
     Args:
         error: What ended the run; anything else than such an error is left alone.
@@ -22,7 +27,7 @@ def add_dtype_hint(error: BaseException | None, module: nn.Module | None, master
     """
     if not isinstance(error, RuntimeError) or isinstance(error, LightningMPError):
         return
-    if not any(word in str(error) for word in _WORDS):
+    if not _is_about_dtypes(str(error)):
         return
     name = _module_of(error.__traceback__, module)
     inner = None if name is None or module is None else module.get_submodule(name)
@@ -37,6 +42,13 @@ def add_dtype_hint(error: BaseException | None, module: nn.Module | None, master
         error.add_note(f"lightning_mp: {hint}")
     else:  # Python 3.10
         notice(hint)
+
+
+def _is_about_dtypes(text: str) -> bool:
+    if "inplace operation" in text:
+        return False
+    names_both = _NARROW.search(text) is not None and _WIDE.search(text) is not None
+    return names_both or any(words in text for words in _OTHER_WORDS)
 
 
 def _module_of(trace: TracebackType | None, root: nn.Module | None) -> str | None:

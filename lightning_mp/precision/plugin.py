@@ -41,6 +41,7 @@ from lightning_mp.precision.masters import (
 from lightning_mp.precision.notices import notice, notice_once
 from lightning_mp.precision.ranks import compress_reduction, is_sharded
 from lightning_mp.precision.schedulers import SchedulerHold, hold_schedulers, take_back
+from lightning_mp.precision.shared_casts import SharedCasts
 from lightning_mp.precision.stepping import OptimizerStepper
 from lightning_mp.precision.steps import Attempt, StepLedger
 from lightning_mp.precision.training import TrainingHooks
@@ -299,19 +300,22 @@ class MixedPrecision(TrainingHooks, FSDPPrecision):  # type: ignore[misc]  # Lig
         self._ledger.is_distributed = is_distributed
         self._model = model
         self._is_first_step = True
+        sharded = is_sharded(model, optimizers)
         self._stepper = OptimizerStepper(
             self.scaler,
             self._ledger,
             on_nonfinite=self.policy.on_nonfinite,
             is_manual=is_manual,
             optimizers=list(optimizers),
-            is_sharded=is_sharded(model, optimizers),
+            is_sharded=sharded,
             is_distributed=is_distributed,
             is_log_step=self._is_log_step,
         )
         if self._masters is not None:
             attach_masters(self._masters, model, optimizers, trainer=trainer, policy=self.policy)
             self._stepper.gradients = self._masters.gradients
+        elif module is not None and self.policy.precision != "fp32" and not sharded:
+            self._stepper.shared_casts = SharedCasts(module, self._drop_region)
         self._region = None
         self._ledger.name_parameter = self._name_first_nonfinite
         # A wrapper that never called Optimizer.__init__ takes no hooks; it cannot skip on the device either,

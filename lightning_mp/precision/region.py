@@ -78,12 +78,15 @@ class StepRegions(StepReadings):
     def _new_region(self) -> TrainStepRegion:
         autocast: AbstractContextManager[Any] | None = None
         if self.policy.precision != "fp32":
-            autocast = autocast_region(
-                self._device.type, self.policy.compute_dtype, cache_weights=is_autocast_cache_safe()
-            )
+            shared = self._stepper.shared_casts
+            caches = is_autocast_cache_safe() if shared is None else shared.is_allowed
+            autocast = autocast_region(self._device.type, self.policy.compute_dtype, cache_weights=caches)
             if self._fp8 is not None:
                 autocast = FP8Region(autocast, self._fp8)
         return TrainStepRegion(autocast, self._stepper.enter_batch, self._stepper.exit_batch)
+
+    def _drop_region(self) -> None:
+        self._region = None
 
     def val_step_context(self) -> AbstractContextManager[Any]:
         self.settle()

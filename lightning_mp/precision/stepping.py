@@ -25,6 +25,7 @@ from lightning_mp.master_weights import Gradients, has_step_hooks
 from lightning_mp.precision.checks import ignores_closure, is_closure_repeating, takes_closure
 from lightning_mp.precision.ranks import any_rank_
 from lightning_mp.precision.repeats import step_with_repeats
+from lightning_mp.precision.shared_casts import SharedCasts
 from lightning_mp.precision.steps import Attempt, StepLedger
 
 __all__ = ["OptimizerStepper"]
@@ -62,6 +63,7 @@ class OptimizerStepper:
         self.is_in_batch = False
         self.is_stepping = False
         self.gradients: Gradients | None = None  # reads and clips those of 16-bit parameters
+        self.shared_casts: SharedCasts | None = None  # of FP32 parameters in an autocast region
         self._on_nonfinite = on_nonfinite
         self._is_manual = is_manual
         self._is_distributed = is_distributed
@@ -120,6 +122,8 @@ class OptimizerStepper:
             What ``optimizer.step`` returns; ``None`` for a step that the host skipped.
         """
         self.is_stepping = True  # until the caller has its result
+        if self.is_in_batch and self.shared_casts is not None:
+            self.shared_casts.check()
         self._has_no_closure = closure is do_nothing_closure
         if self._last_hook is not None:
             self.release_hook()
@@ -224,12 +228,17 @@ class OptimizerStepper:
             self.gradients.forget_all()
         self.unscaler.finish(attempt.optimizer)
         if self.is_in_batch:
-            clear_cast_weights()
+            self._forget_casts()
             self._batch_found_inf.append(found_inf)
         elif self.scaler is not None:
             self.scaler.update_(found_inf)
         if self.ledger.pending is not None and self._is_log_step():
             self.ledger.settle()
+
+    def _forget_casts(self) -> None:
+        clear_cast_weights()
+        if self.shared_casts is not None:
+            self.shared_casts.begin()
 
     def check_announced(self, optimizer: Optimizer) -> None:
         """Refuse gradients of a loss that was never scaled.
@@ -251,10 +260,14 @@ class OptimizerStepper:
         """Note that ``training_step`` runs: steps from here on belong to one batch."""
         self.ledger.batch += 1
         self.is_in_batch = True
+        if self.shared_casts is not None:
+            self.shared_casts.begin()
 
     def exit_batch(self, succeeded: bool) -> None:
         """Move the scale once for all optimizers that stepped within ``training_step``."""
         self.is_in_batch = False
+        if self.shared_casts is not None and succeeded:
+            self.shared_casts.check()
         found, self._batch_found_inf = self._batch_found_inf, []
         if not found or not succeeded or self.scaler is None or not self.scaler.is_dynamic:
             return

@@ -1,0 +1,88 @@
+"""Whether the forwards of one ``training_step`` may share the casts of its weights."""
+
+from collections.abc import Callable
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+
+from lightning_mp.casting import is_autocast_cache_safe
+from lightning_mp.pinning.scan import find_mentions, holds_any
+from lightning_mp.precision.notices import notice
+
+__all__ = ["SharedCasts", "may_write_weights"]
+
+# They change no values.
+_HARMLESS = frozenset(
+    {"requires_grad_", "detach_", "squeeze_", "unsqueeze_", "t_", "transpose_", "swapaxes_", "as_strided_"}
+)
+# What code that writes weights calls: methods in place, the ways past autograd, and the parameters themselves,
+# which `param += step` writes without a name.
+_WRITERS = frozenset(
+    {"data", "load_state_dict", "vector_to_parameters", "swap_tensors", "parameters", "named_parameters"}
+    | {name for space in (Tensor, torch, nn.init) for name in dir(space) if name.endswith("_") and name[-2:] != "__"}
+    - _HARMLESS
+)
+
+
+def may_write_weights(module: LightningModule) -> bool:
+    """Tell from the code of ``training_step``, and of what it names, whether it may write weights.
+
+    It may say yes where it writes activations only, which costs memory and never accuracy.
+    """
+    cls = type(module)
+    found = find_mentions(cls, "training_step", _WRITERS)
+    if found.is_found:
+        return True
+    held = {**vars(module), **module._modules}
+    for value in (held[name] for name in found.names & held.keys()):
+        # An object of the user's, such as one that perturbs the weights, by those of its methods that are named.
+        if any(find_mentions(type(value), name, _WRITERS).is_found for name in found.names):
+            return True
+        if not isinstance(value, nn.Module) and holds_any(value, _WRITERS, ()):
+            return True
+    return False
+
+
+class SharedCasts:
+    """Autocast's cache: each FP32 weight is cast once in a ``training_step``, for all of its forwards.
+
+    K calls of one layer then save one cast of its weight for backward rather than K. A weight that is written
+    between two of them would be seen by neither, so code that may write weights gets no cache, and a write
+    that is found by a tensor's version ends the sharing.
+
+    Args:
+        module: The LightningModule in training.
+        on_end: Called when sharing ends.
+    """
+
+    def __init__(self, module: LightningModule, on_end: Callable[[], None]) -> None:
+        self.is_allowed = is_autocast_cache_safe() and not may_write_weights(module)
+        self._weights = [
+            weight
+            for child in module.modules()
+            # An embedding with a largest norm writes its weight itself, and autocast does not cast it.
+            if getattr(child, "max_norm", None) is None
+            for weight in child.parameters(recurse=False)
+            if weight.dtype is torch.float32 and not nn.parameter.is_lazy(weight)
+        ]
+        self._on_end = on_end
+        self._versions = 0
+
+    def begin(self) -> None:
+        """Note the weights as they are: what was cast before is forgotten."""
+        if self.is_allowed:
+            self._versions = sum([weight._version for weight in self._weights])
+
+    def check(self) -> None:
+        """End the sharing if a weight was written since ``begin``."""
+        if not self.is_allowed or self._versions == sum([weight._version for weight in self._weights]):
+            return
+        self.is_allowed = False
+        self._on_end()
+        notice(
+            "training_step wrote weights between its forwards, which share the cast of a weight. In this one step a "
+            "forward after the write may have used the values from before it; from the next step on each forward casts "
+            "its weights anew. That is so from the first step if training_step, or what it calls, names the write: "
+            "weight.add_, .data, parameters()."
+        )
