@@ -31,7 +31,7 @@ class Readback:
             host.copy_(packed, non_blocking=True)
             self._values = host.unbind()
             self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            self._event.record()
+            self._event.record(torch.cuda.current_stream(packed.device))  # the copy's, also on another device
 
     def wait(self) -> list[float]:
         """Return the values as numbers once they have arrived."""

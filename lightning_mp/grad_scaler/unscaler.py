@@ -1,5 +1,6 @@
 """Dividing each gradient by the loss scale exactly once, and finding the non-finite ones."""
 
+import math
 from collections.abc import Iterable, Iterator
 
 import torch
@@ -10,7 +11,7 @@ from torch.optim import Optimizer
 
 from lightning_mp.grad_scaler.scaler import LossScaler
 
-__all__ = ["GradientUnscaler", "gradient_amaxes"]
+__all__ = ["GradientUnscaler", "find_nonfinite_", "gradient_amaxes"]
 
 _UNSCALED = "_lightning_mp_unscaled"
 _NUM_ZEROS = 64
@@ -141,9 +142,16 @@ class GradientUnscaler:
             if factor is None:
                 factor = self._ones[device] = torch.ones((), device=device)
             found = found_inf if device == found_inf.device else self._new_zero(device)
-            torch._amp_foreach_non_finite_check_and_unscale_(group, found, factor)
+            if device.type == "cuda" and group[0].dtype is torch.bfloat16:
+                # torch's kernel does not know BF16 on CUDA (seen in 2.11; pytorch/pytorch#127176).
+                find_nonfinite_(group, found)
+                if scaled:
+                    torch._foreach_mul_(group, factor)
+            else:
+                torch._amp_foreach_non_finite_check_and_unscale_(group, found, factor)
             if found is not found_inf:
-                found_inf.add_(found.to(found_inf.device))
+                # The sum of two ones would not do: torch's fused optimizers skip at exactly 1.
+                torch.maximum(found_inf, found.to(found_inf.device), out=found_inf)
 
     def _new_zero(self, device: torch.device) -> Tensor:
         """Return a fresh zero, 0-dim FP32. They are made many at a time: on CUDA each would be a kernel of its own."""
@@ -157,6 +165,20 @@ class GradientUnscaler:
         # In double and rounded once, as torch does: 1/scale in FP32 is exact for powers of two only.
         inverse = scale.reciprocal() if scale.device.type == "mps" else scale.double().reciprocal().float()
         return inverse.to(device, non_blocking=True)
+
+
+def find_nonfinite_(grads: list[Tensor], found_inf: Tensor) -> None:
+    """Set ``found_inf`` to one if an element is Inf or NaN; the gradients are only read.
+
+    Args:
+        grads: Strided, of one floating dtype and one device.
+        found_inf: 0-dim FP32 tensor on that device.
+    """
+    filled = [grad for grad in grads if grad.numel() > 0]
+    if filled:
+        # The largest magnitude is exact in FP32, and NaN where there is one. A sum could overflow.
+        largest = torch.stack(list(torch._foreach_norm(filled, math.inf, dtype=torch.float32)))
+        torch._amp_foreach_non_finite_check_and_unscale_([largest], found_inf, torch.ones_like(found_inf))
 
 
 def gradient_amaxes(optimizer: Optimizer) -> tuple[list[Parameter], Tensor]:

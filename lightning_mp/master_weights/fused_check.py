@@ -66,10 +66,10 @@ def _why_not(device: torch.device, weights: str, grads: str) -> str | None:
 @contextmanager
 def may_wait(device: torch.device) -> Iterator[None]:
     """Allow host syncs, whatever the debug mode says: a trial reads its results, once."""
-    if device.type != "cuda":
+    mode = torch.cuda.get_sync_debug_mode() if device.type == "cuda" else 0
+    if mode == 0:  # setting it would make torch warn that this mode is a prototype
         yield
         return
-    mode = torch.cuda.get_sync_debug_mode()
     torch.cuda.set_sync_debug_mode(0)
     try:
         yield

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lightning_mp.grad_scaler import GradientUnscaler, LossScaler, gradient_amaxes
+from lightning_mp.grad_scaler.unscaler import find_nonfinite_
 from lightning_mp.loss_scale import StaticLossScale
 
 FINITE = st.floats(-(2.0**100), 2.0**100, width=32)
@@ -39,6 +40,55 @@ def test_one_bad_element_anywhere_is_found(bad, place, scaled):
     _, optimizer = params_with(*grads)
     scaler = LossScaler(StaticLossScale(4)) if scaled else None
     assert GradientUnscaler(scaler).unscale_(optimizer).item() == 1.0
+
+
+# torch's check does not know BF16 on CUDA; there the largest magnitudes are looked at.
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+HALVES = [torch.bfloat16, torch.float16, torch.float32]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("size", [1, 7, 70_000])  # a part of a chunk of torch's kernels, and several
+@pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
+def test_one_bad_element_of_many_is_found_by_the_largest_magnitude(device, dtype, size, bad):
+    for place in {0, size // 2, size - 1}:
+        grads = [torch.ones(3, 2, dtype=dtype, device=device), torch.zeros(0, dtype=dtype, device=device)]
+        grads.append(torch.full((size,), torch.finfo(dtype).max, dtype=dtype, device=device))
+        found = torch.zeros((), device=device)
+        find_nonfinite_(grads, found)
+        assert found.item() == 0.0  # the largest magnitudes of all are finite, and their sum is not
+        grads[-1][place] = bad
+        kept = grads[-1].clone()
+        find_nonfinite_(grads, found)
+        assert found.item() == 1.0
+        assert torch.equal(grads[-1].isfinite(), kept.isfinite())
+        find_nonfinite_(grads[:2], found)
+        assert found.item() == 1.0  # it is not taken back
+
+
+def test_no_gradient_at_all_is_finite():
+    found = torch.zeros(())
+    find_nonfinite_([torch.zeros(0)], found)
+    assert found.item() == 0.0
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("scale", [None, 4.0])
+@pytest.mark.parametrize("bad", [0.0, math.inf, math.nan])
+def test_gradients_of_every_dtype_are_checked_and_divided_on_cuda_as_on_the_cpu(dtype, scale, bad):
+    found, grads = [], []
+    for device in ("cpu", "cuda"):
+        params = [nn.Parameter(torch.zeros(5, dtype=dtype, device=device)) for _ in range(2)]
+        params[0].grad = torch.full((5,), 6.0, dtype=dtype, device=device)
+        params[1].grad = torch.tensor([1.0, 2.0, bad, 3.0, 8.0], dtype=dtype, device=device)
+        scaler = None if scale is None else LossScaler(StaticLossScale(scale), device)
+        found.append(GradientUnscaler(scaler).unscale_(torch.optim.SGD(params, 0.1)).item())
+        grads += [[param.grad.cpu() for param in params]]
+    assert found == [float(not math.isfinite(bad))] * 2
+    for left, right in zip(*grads, strict=True):
+        torch.testing.assert_close(left, right, rtol=0, atol=0, equal_nan=True)
 
 
 def test_check_without_a_scaler_changes_no_bit():
