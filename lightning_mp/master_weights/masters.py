@@ -202,6 +202,17 @@ class CopyMaster(Master):
         for master in masters:
             master._version = master._master._version
 
+    @classmethod
+    def before_in_place(cls, masters: list[Self]) -> None:
+        for master in masters:
+            if master._version != master._master._version:  # else the published value would look like a write
+                master._publish()
+
+    @classmethod
+    def after_in_place(cls, masters: list[Self]) -> None:
+        for master in masters:
+            master._version = master._master._version
+
     @outside_inference_mode
     def value(self) -> Tensor:
         self.move_()

@@ -387,6 +387,33 @@ def test_zero_or_infinity_unseen_beside_further_bits_of_before_becomes_no_nan(fu
 
 @on_device
 @pytest.mark.parametrize(("mode", "dtype"), MODES)
+def test_weight_written_after_a_step_is_read_as_written(mode, dtype) -> None:
+    masters, (param,), optimizer = attached(mode, dtype, shapes=[(2 * BLOCK,)], lr=0.0, weight_decay=0.0)
+    for value in (5.0, -7.0):
+        set_gradients([param], dtype, 0)
+        optimizer.step()
+        assert_fused(masters, optimizer, 1)
+        with torch.no_grad():
+            param[3] = value
+        assert float(masters.value_of(param)[3]) == value  # as a checkpoint reads it
+        assert float(param.detach()[3]) == value
+
+
+@on_device
+@pytest.mark.parametrize("dtype", [BF16, FP16])
+def test_master_written_through_what_a_state_dict_showed_reaches_the_weight_by_the_next_step(dtype) -> None:
+    masters, (param,), optimizer = attached("copy", dtype, shapes=[(2 * BLOCK,)], lr=0.0, weight_decay=0.0)
+    for value in (5.0, -7.0):
+        masters.value_of(param)[3] = value
+        set_gradients([param], dtype, 0)
+        optimizer.step()
+        assert_fused(masters, optimizer, 1)
+        assert float(masters.value_of(param)[3]) == value
+        assert float(param.detach()[3]) == value
+
+
+@on_device
+@pytest.mark.parametrize(("mode", "dtype"), MODES)
 def test_step_raises_the_version_of_what_it_writes(mode, dtype) -> None:
     # Autograd refuses a backward through weights that changed; FP8 casts weights again when it rises.
     _, (param,), optimizer = attached(mode, dtype, shapes=[(5,)])
