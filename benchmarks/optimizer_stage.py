@@ -17,7 +17,7 @@ import json
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 import lightning_mp
+from lightning_mp.grad_scaler import GradientUnscaler
 from lightning_mp.master_weights import MasterWeights
 
 WIDTH = {"cpu": 1024, "cuda": 4096}
@@ -42,17 +43,9 @@ def build(device: str, num_params: float) -> nn.Module:
         return nn.Sequential(*(nn.Linear(width, width, bias=False) for _ in range(layers)))
 
 
-def check_finite(params: Iterable[nn.Parameter], found_inf: Tensor, one: Tensor) -> None:
-    groups: dict[torch.dtype, list[Tensor]] = {}
-    for param in params:
-        groups.setdefault(param.grad.dtype, []).append(param.grad)
-    for grads in groups.values():
-        torch._amp_foreach_non_finite_check_and_unscale_(grads, found_inf, one)
-
-
 def fill_gradients(module: nn.Module) -> None:
     for param in module.parameters():
-        param.grad = (torch.randn(param.shape, device=param.device) * 1e-3).to(param.grad_dtype)
+        param.grad = (torch.randn(param.shape, device=param.device) * 1e-3).to(param.grad_dtype or param.dtype)
 
 
 def lightning_mixed(device: str, num_params: float, fused: bool) -> Callable[[], None]:
@@ -106,13 +99,13 @@ def ours(mode: str) -> Callable[[str, float, bool], Callable[[], None]]:
         masters.attach([optimizer], accumulates=False)
         fill_gradients(module)
         masters.gradients.defers = True  # as in automatic optimization: only the step follows the clip
-        found_inf, one = torch.zeros((), device=device), torch.ones((), device=device)
+        unscaler = GradientUnscaler(None)
 
         def stage() -> None:
-            found_inf.zero_()
-            check_finite(module.parameters(), found_inf, one)
+            unscaler.unscale_(optimizer)
             masters.gradients.clip_norm_(module.parameters(), MAX_NORM)
             optimizer.step()
+            unscaler.finish(optimizer)
 
         stage.path = lambda: masters.step_path(optimizer)  # type: ignore[attr-defined]
         return stage
