@@ -109,16 +109,19 @@ class FP32Reducer:
         params = bucket.parameters()
         flat, views = self._upcast(bucket, params)
         flat.div_(self.ddp.process_group.size())
-        # One number per parameter: how many ranks have a gradient. With none it stays None, as in FP32.
-        present = [param in self._arrived or param in self._accumulated for param in params]
-        counts = torch.tensor(present, dtype=torch.float32, device=flat.device)
-        sent = torch.cat([flat, counts]).to(self._reduce_dtype)
+        sent = flat
+        if self.ddp.find_unused_parameters:
+            # One number per parameter: how many ranks have a gradient. With none it stays None, as in FP32.
+            present = [param in self._arrived or param in self._accumulated for param in params]
+            sent = torch.cat([flat, _sent_to(flat.device, present)])
+        sent = sent.to(self._reduce_dtype)
         for param in params:
             self._accumulated.pop(param, None)
 
         def keep(future: torch.futures.Future[list[Tensor]]) -> Tensor:
             received = future.value()[0]
-            flat.copy_(received[: flat.numel()])
+            if received.data_ptr() != flat.data_ptr():  # FP32 was reduced in place
+                flat.copy_(received[: flat.numel()])
             found = received[flat.numel() :].tolist() if self.ddp.find_unused_parameters else [1.0] * len(params)
             for param, view, count in zip(params, views, found, strict=True):
                 self._reduced[param] = view if count else None
@@ -155,6 +158,12 @@ class FP32Reducer:
             return buffer if future.value()[0] is buffer else buffer.copy_(future.value()[0])
 
         return self._all_reduce(sent).then(keep)
+
+
+def _sent_to(device: torch.device, present: list[bool]) -> Tensor:
+    """Return ones and zeros on the device, which the host does not wait for."""
+    host = torch.tensor(present, dtype=torch.float32)
+    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)
 
 
 def _check_ddp(ddp: DistributedDataParallel, *, accumulates: bool) -> None:

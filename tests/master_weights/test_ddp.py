@@ -150,6 +150,7 @@ def worker(rank: int, port: int) -> None:
         check_zero_grad_between_backwards(rank)
         check_second_backward_without_zero_grad(rank)
         check_another_dtype_through_data(rank)
+        check_counts_travel_only_where_asked_for(rank)
         check_refusals()
     finally:
         dist.destroy_process_group()
@@ -209,6 +210,27 @@ def check_another_dtype_through_data(rank: int) -> None:
     assert {param.dtype for param in module.parameters()} == {torch.float32}
     assert torch.equal(module.b.weight, torch.full((32, 32), 0.3))
     assert torch.equal(module.a.weight, Net().a.weight)
+
+
+def check_counts_travel_only_where_asked_for(rank: int) -> None:
+    """They are made on the host, which on CUDA costs a copy per bucket in the middle of backward."""
+    for asks in (False, True):
+        module = Net()
+        masters = MasterWeights("split")
+        masters.convert_(module)
+        ddp = DistributedDataParallel(module, find_unused_parameters=asks)
+        masters.attach([torch.optim.SGD(module.parameters(), lr=0.1)], ddp=ddp)
+        reducer, sizes = masters._reducer, []
+        all_reduce = reducer._all_reduce
+
+        def note(tensor: Tensor, sizes=sizes, all_reduce=all_reduce) -> Any:
+            sizes.append(tensor.numel())
+            return all_reduce(tensor)
+
+        reducer._all_reduce = note  # type: ignore[method-assign]
+        backward(masters, ddp, batch(rank, 0))
+        elements = sum(param.numel() for param in module.parameters())
+        assert sum(sizes) == elements + asks * len(masters.masters)
 
 
 def check_refusals() -> None:
