@@ -171,6 +171,7 @@ class Pins:
             if holds_any(_hooks_of(child), self._function_names, self._rules):
                 self._adopt(fqn, holder=child)
         self._take_steps_(module)
+        self._swaps.announce()
 
     def undo_(self) -> None:
         """Leave the model as it was. Safe to call when nothing is applied."""
@@ -345,6 +346,7 @@ class Pins:
         ) as seen:
             yield seen
         self._spare(seen)
+        self._swaps.announce()
         self.observations[step] = seen
 
 

@@ -23,6 +23,7 @@ from torch._C import (
 from lightning_mp.formats import HALF_DTYPES
 from lightning_mp.pinning.functions import OutputRule, run_module
 from lightning_mp.pinning.mode import FunctionPins
+from lightning_mp.recompile import forget_compiled
 
 __all__ = ["InFP32", "Role", "Swaps", "WithFunctions", "WithoutFunctions", "original_class", "role_of"]
 
@@ -187,6 +188,7 @@ class Swaps:
         self._classes: list[Any] = []
         # By identity: a torchmetrics.Metric is a module whose hash changes with its state.
         self._swapped: dict[int, _Swap] = {}
+        self._is_announced = True
 
     def swap_(self, module: nn.Module, role: Role | None, methods: Mapping[str, Any] | None = None) -> None:
         """Make ``module`` run in ``role``; an earlier role ends.
@@ -204,6 +206,13 @@ class Swaps:
             vars(module)["forward"] = functools.partial(_call_role, role, module, attributes["forward"])
         self._swapped[id(module)] = _Swap(module, swapped, attributes)
         _set_class(module, swapped)
+        self._is_announced = False
+
+    def announce(self) -> None:
+        """Let compiled code notice the swaps made since the last call."""
+        if not self._is_announced:
+            self._is_announced = True
+            forget_compiled()
 
     def _class_for(self, original: type[nn.Module], role: Role | None, methods: Mapping[str, Any]) -> Any:
         if not methods and (original, role) in self._shared:
@@ -220,6 +229,7 @@ class Swaps:
 
     def undo_(self) -> None:
         """Give every module its own class back."""
+        self._is_announced &= not self._swapped
         for swap in list(self._swapped.values()):
             self._restore_(swap.module)
         for swapped in self._classes:
@@ -227,6 +237,7 @@ class Swaps:
             swapped._pinning_role = None
         self._shared.clear()
         self._classes.clear()
+        self.announce()
 
     def _restore_(self, module: nn.Module) -> None:
         swap = self._swapped.pop(id(module), None)

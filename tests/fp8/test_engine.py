@@ -264,6 +264,18 @@ def test_compiled_model_is_refused_with_delayed_scaling_only() -> None:
         converted(model)
 
 
+def test_model_compiled_before_runs_fp8_after_conversion_and_as_before_after_it() -> None:
+    model, x = body(), torch.randn(16, 32)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        plain = compiled(x)
+        engine = converted(model)
+        assert torch.equal(compiled(x), model(x))
+        assert not torch.equal(compiled(x), plain)
+        engine.revert_()
+        assert torch.equal(compiled(x), plain)
+
+
 class CompiledForward(nn.Sequential):
     @torch.compile(backend="eager")
     def forward(self, x: Tensor) -> Tensor:
