@@ -149,6 +149,8 @@ def _ineligible(layer: nn.Linear) -> str:
     """Say what keeps a layer from FP8 whatever the settings; empty if nothing does."""
     if isinstance(layer, nn.LazyLinear):
         return "a LazyLinear without a shape at setup (run a batch through the model before fit)"
+    if type(layer).__name__.startswith("FSDP") and hasattr(layer, "reshard"):
+        return "sharded by itself (call fully_shard on the block that holds it, not on the layer)"
     if type(layer) not in (nn.Linear, FP8Linear):
         return f"a {type(layer).__name__}, which is a subclass of nn.Linear with ways of its own"
     weight = layer._parameters.get("weight")

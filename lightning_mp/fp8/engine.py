@@ -94,7 +94,7 @@ class FP8Engine:
             raise UnsupportedError("This FP8Engine holds converted layers already. Call revert_() first.")
         self.rows = ()
         if self._has_delayed_scaling:
-            _refuse_compiled(module)
+            _refuse_compiled(module, _delayed_text)
         if not self.is_emulated:
             self._session = transformer_engine.EngineSession(self.recipe)
         planned = plan_layers(module, self.config, keep=keep)
@@ -105,7 +105,7 @@ class FP8Engine:
             if row.converted and isinstance(layer, nn.Linear):
                 layer.__dict__["_fp8"] = backend = self._new_backend()
                 if self._has_delayed_scaling:
-                    backend.refuse_tracing = _raise_when_traced(_compiled_text(row.fqn))
+                    backend.refuse_tracing = _raise_when_traced(_delayed_text(row.fqn))
                 layer.__class__ = FP8Linear
                 self._layers[row.fqn] = layer
         if not self._is_loaded:
@@ -123,8 +123,17 @@ class FP8Engine:
         """Cast the values that ``source`` returns for a weight, such as its FP32 master, instead of its own.
 
         Only the emulated backend does; Transformer Engine casts the parameter that it is given.
+
+        Raises:
+            UnsupportedError: If a part of the model is compiled, now or, when it is traced, later.
         """
         self._step.weight_source = source
+        model = None if self._model is None else self._model()
+        if source is None or model is None or not self.is_emulated:
+            return
+        _refuse_compiled(model, _masters_text)
+        for fqn, layer in self._converted():
+            layer._fp8.refuse_tracing = layer._fp8.refuse_tracing or _raise_when_traced(_masters_text(fqn))
 
     def revert_(self) -> None:
         """Give all layers their class back. What must survive, such as amax history, is kept for the same model."""
@@ -198,10 +207,10 @@ class FP8Engine:
 
         Call it after each optimizer step, a skipped one too, on every rank.
         """
-        if self._step.has_amax:
-            self._reduce_amax()
-        # Without layers of ours the model brings the library's, whose amax this engine does not see.
-        if self._session is not None and (self._step.has_amax or not self._layers):
+        self._reduce_amax()
+        # Without layers of ours the model brings the library's, whose amax this engine does not see. Among ranks,
+        # where the library reduces, one that ran no layer must not stay away.
+        if self._session is not None and (self._step.has_amax or not self._layers or _has_ranks()):
             self._session.end_step()
         for _, layer in self._converted():
             layer._fp8.end_step(has_amax=self._step.has_amax)
@@ -213,15 +222,21 @@ class FP8Engine:
             layer._fp8.invalidate_weight()
 
     def _reduce_amax(self) -> None:
-        """Take the largest amax over the ranks, as the recipe asks."""
+        """Take the largest amax over the ranks, as the recipe asks; one rank's is news to all.
+
+        Every rank takes part after every step: one may have run no layer of ours, as in a branch of its own.
+        """
         shares = self.is_emulated and isinstance(self.recipe, DelayedScaling) and self.recipe.reduce_amax
-        if not (shares and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        if not (shares and _has_ranks()):
             return
         entries = [state.amax_history[0] for state in self._delayed_states().values()]
-        merged = torch.cat(entries)
+        if not entries:
+            return
+        merged = torch.cat([*entries, entries[0].new_full((1,), float(self._step.has_amax))])
         dist.all_reduce(merged, op=dist.ReduceOp.MAX)
-        for entry, largest in zip(entries, torch.split(merged, len(OPERANDS)), strict=True):
+        for entry, largest in zip(entries, torch.split(merged[:-1], len(OPERANDS)), strict=True):
             entry.copy_(largest)
+        self._step.has_amax = bool(merged[-1])
 
     @contextmanager
     def unrecorded(self) -> Iterator[None]:
@@ -356,6 +371,10 @@ class FP8Engine:
         return [f"the amax history of {len(restarted)} layers starts anew: its length changed"] if restarted else []
 
 
+def _has_ranks() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
 def _require_emulated(recipe: FP8Recipe) -> FP8Recipe:
     twin = emulated_twin(recipe)
     if isinstance(twin, PassThroughRecipe):
@@ -366,19 +385,27 @@ def _require_emulated(recipe: FP8Recipe) -> FP8Recipe:
     return twin
 
 
-def _refuse_compiled(module: nn.Module) -> None:
+def _refuse_compiled(module: nn.Module, text: Callable[[str], str]) -> None:
     for fqn, inner in module.named_modules():
         # Module.compile sets the first; Lightning sets the second when it unwraps a compiled LightningModule.
         marks = (getattr(inner, name, None) for name in ("_compiled_call_impl", "_compiler_ctx"))
         is_compiled = any(mark is not None for mark in marks) or any(map(_is_compiled_method, _methods(inner)))
         if is_compiled or isinstance(inner, torch._dynamo.eval_frame.OptimizedModule):
-            raise UnsupportedError(_compiled_text(fqn or type(module).__name__))
+            raise UnsupportedError(text(fqn or type(module).__name__))
 
 
-def _compiled_text(name: str) -> str:
+def _delayed_text(name: str) -> str:
     return (
         f"recipe='delayed' cannot run under torch.compile ({name} is compiled): its history changes at every step. "
         "Use recipe='current', or do not compile."
+    )
+
+
+def _masters_text(name: str) -> str:
+    return (
+        f"backend='emulated' beside masters of 16-bit weights cannot run under torch.compile ({name} is compiled): FP8 "
+        "weights are cast from the masters, which compiled code does not see. Use master_weights='params', or do not "
+        "compile."
     )
 
 

@@ -443,6 +443,20 @@ def test_compiled_module_is_refused_with_delayed_scaling_and_runs_with_current()
     assert model.seen_classes == {FP8Linear}
 
 
+@pytest.mark.parametrize("master_weights", ["copy", "split"])
+def test_compiled_module_beside_masters_is_refused(master_weights) -> None:
+    # Compiled code would cast the 16-bit weight, not its master.
+    torch._dynamo.reset()
+    beside = MixedPrecision("fp8", fp8={"backend": "emulated"}, master_weights=master_weights)
+    with pytest.raises(UnsupportedError, match=r"Net is compiled.*master_weights='params'"):
+        fit(torch.compile(Net(), backend="eager"), beside)
+    hidden = Net()
+    hidden.__dict__["compiled"] = torch.compile(hidden.body, backend="eager")
+    hidden.training_step = lambda batch, batch_idx: hidden.compiled(batch[0]).float().mean()
+    with pytest.raises(UnsupportedError, match=r"body.0 is compiled"):
+        fit(hidden, beside)
+
+
 def test_settings_are_parsed_when_the_plugin_is_made() -> None:
     assert MixedPrecision("fp8", fp8={"backend": "emulated"}).policy.fp8 == FP8Config(backend="emulated")
     assert MixedPrecision("fp8", fp8=FP8Config(recipe="block")).policy.fp8.recipe == "block"
