@@ -8,7 +8,7 @@ from torch import nn
 from lightning_mp.errors import LightningMPError
 from lightning_mp.precision.notices import notice
 
-__all__ = ["add_dtype_hint"]
+__all__ = ["add_dtype_hint", "add_hint"]
 
 # Torch writes c10::BFloat16, CPUBFloat16Type, torch.bfloat16, Half; float, Float, torch.float32, Double.
 _NARROW = re.compile(r"bfloat16|float16|\bhalf\b|HalfT", re.IGNORECASE)
@@ -38,6 +38,11 @@ def add_dtype_hint(error: BaseException | None, module: nn.Module | None, master
         f"FP32Pin(modules={patterns!r}). A forward outside of a step needs "
         "`with trainer.precision_plugin.forward_context():`. master_weights='params' has FP32 weights throughout."
     )
+    add_hint(error, hint)
+
+
+def add_hint(error: BaseException, hint: str) -> None:
+    """Add a note of ours to an error of somebody else."""
     if hasattr(error, "add_note"):
         error.add_note(f"lightning_mp: {hint}")
     else:  # Python 3.10

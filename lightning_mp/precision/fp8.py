@@ -10,9 +10,10 @@ from torch import nn
 from lightning_mp.fp8 import FP8Engine
 from lightning_mp.fp8.coverage import PINNED
 from lightning_mp.policy import PrecisionPolicy
+from lightning_mp.precision.dtype_hint import add_hint
 from lightning_mp.precision.notices import notice
 
-__all__ = ["FP8Region", "convert_to_fp8", "fp8_reasons", "new_fp8_engine"]
+__all__ = ["FP8Region", "add_derivative_hint", "convert_to_fp8", "fp8_reasons", "new_fp8_engine"]
 
 _MAX_NAMED = 3
 _RESTING = "in evaluation mode, which runs in BF16 (fp8_in_eval=False)"
@@ -52,6 +53,16 @@ def fp8_reasons(engine: FP8Engine) -> dict[str, tuple[bool, str]]:
     rows = [row for row in engine.rows if row.reason != PINNED]
     ended = "in the last run; an ordinary layer now"
     return {row.fqn: (row.converted, f"{row.reason} {ended}" if row.converted else row.reason) for row in rows}
+
+
+def add_derivative_hint(error: BaseException | None) -> None:
+    """Add the fix to torch's error about a second derivative through a layer in FP8, as a gradient penalty takes it."""
+    if isinstance(error, RuntimeError) and "once_differentiable" in str(error):
+        add_hint(
+            error,
+            "precision='fp8': a layer in FP8 has no second derivative. Leave the layers that it goes through, such as "
+            "the critic's of a gradient penalty, in BF16: fp8={'exclude': ('critic.*',)}.",
+        )
 
 
 class FP8Region:

@@ -443,6 +443,26 @@ def test_compiled_module_is_refused_with_delayed_scaling_and_runs_with_current()
     assert model.seen_classes == {FP8Linear}
 
 
+class GradientPenalty(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.generator = nn.Linear(WIDTH, WIDTH)
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        x = self.generator(batch[0])
+        points = x.detach().requires_grad_()
+        (slope,) = torch.autograd.grad(self.body(points).float().sum(), points, create_graph=True)
+        return slope.float().square().sum() + self.body(x).float().mean()
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="notes came with Python 3.11; before, the hint is logged")
+def test_second_derivative_is_led_to_excluding_the_layers() -> None:
+    with pytest.raises(RuntimeError, match="twice") as caught:
+        fit(GradientPenalty(), plugin(skip_output_head=False))
+    assert "fp8={'exclude': ('critic.*',)}" in " ".join(caught.value.__notes__)
+    fit(GradientPenalty(), plugin(skip_output_head=False, exclude=["body.*"]))
+
+
 @pytest.mark.parametrize("master_weights", ["copy", "split"])
 def test_compiled_module_beside_masters_is_refused(master_weights) -> None:
     # Compiled code would cast the 16-bit weight, not its master.
