@@ -56,6 +56,7 @@ class FP8Engine:
         self._step = StepFlags()
         self._settings = LayerSettings(compute_dtype, config.fp8_in_eval, config.cache_weights, self._step)
         self._layers: dict[str, nn.Linear] = {}
+        self._of_rows: list[weakref.ref[nn.Module]] = []
         self._session: transformer_engine.EngineSession | None = None
         self._state: dict[str, Any] = {}
         self._is_loaded = False
@@ -65,7 +66,7 @@ class FP8Engine:
 
     def __getstate__(self) -> dict[str, Any]:
         # Weak references cannot be pickled, and the models of another process are others.
-        return {**self.__dict__, "_model": None, "_states": {}}
+        return {**self.__dict__, "_model": None, "_states": {}, "_of_rows": []}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _states=weakref.WeakKeyDictionary())
@@ -99,6 +100,7 @@ class FP8Engine:
             self._session = transformer_engine.EngineSession(self.recipe)
         planned = plan_layers(module, self.config, keep=keep)
         self.rows = tuple(row for row, _ in planned)
+        self._of_rows = [weakref.ref(of_row) for _, of_row in planned]
         if not any(row.converted for row in self.rows) and (self.is_emulated or not brings_transformer_engine(module)):
             raise UnsupportedError(_nothing_text(module, self.rows))
         for row, layer in planned:
@@ -113,6 +115,20 @@ class FP8Engine:
         self._is_loaded, self._model = False, weakref.ref(module)
         self._apply_state()
         return self.rows
+
+    def follow_names_(self) -> None:
+        """Call layers by the names that they have now: modules may have been inserted before them."""
+        model = None if self._model is None else self._model()
+        if model is None or len(self._of_rows) != len(self.rows):
+            return
+        names = {id(child): fqn for fqn, child in model.named_modules()}
+        now = [names.get(id(of_row())) for of_row in self._of_rows]
+        if now == [row.fqn for row in self.rows]:
+            return
+        kept = [(row, of_row, name) for row, of_row, name in zip(self.rows, self._of_rows, now, strict=True) if name]
+        self.rows = tuple(replace(row, fqn=name) for row, _, name in kept)
+        self._of_rows = [of_row for _, of_row, _ in kept]
+        self._layers = {names.get(id(layer), fqn): layer for fqn, layer in self._layers.items()}
 
     @property
     def is_converted(self) -> bool:
@@ -321,6 +337,7 @@ class FP8Engine:
         """Return the state as plain values and tensors, which ``torch.load(weights_only=True)`` reads."""
         if not self._layers:
             return self._state
+        self.follow_names_()
         return {
             "version": _VERSION,
             "recipe": describe_recipe(self.recipe),
@@ -337,6 +354,7 @@ class FP8Engine:
         """
         if not state:
             return []
+        self.follow_names_()
         self._state, self._is_loaded = dict(state), not self._layers
         return self._differences(state) + self._apply_state()
 

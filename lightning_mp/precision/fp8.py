@@ -40,6 +40,7 @@ def convert_to_fp8(engine: FP8Engine, module: nn.Module, pinned: Iterable[nn.Par
 
 def fp8_reasons(engine: FP8Engine) -> dict[str, tuple[bool, str]]:
     """Return for each Linear layer whether it runs in FP8, and why; after a run, whether it did."""
+    engine.follow_names_()
     if engine.is_converted:
         resting = engine.resting
         return {

@@ -443,6 +443,25 @@ def test_compiled_module_is_refused_with_delayed_scaling_and_runs_with_current()
     assert model.seen_classes == {FP8Linear}
 
 
+class Grows(Net):
+    """Gets a layer in front of those in FP8 in its second step."""
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        if batch_idx == 1:
+            self.body.insert(0, nn.Linear(WIDTH, WIDTH))
+            self.trainer.optimizers[0].add_param_group({"params": self.body[0].parameters()})
+
+
+def test_layers_are_called_by_the_names_that_they_have_now() -> None:
+    model, precision = Grows(), plugin("delayed")
+    seen = []
+    model.on_train_end = lambda: seen.append((precision.manifest(), precision.fp8_engine.state_dict()["delayed"]))
+    fit(model, precision)
+    for rows in (seen[0][0], precision.manifest()):
+        assert {row.fqn: row.fp8 for row in rows} == {"body.0": False, "body.1": True, "body.3": True, "head": False}
+    assert list(seen[0][1]) == ["body.1", "body.3"]
+
+
 class GradientPenalty(Net):
     def __init__(self) -> None:
         super().__init__()
