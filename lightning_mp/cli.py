@@ -11,7 +11,7 @@ from torch import nn
 
 from lightning_mp.__about__ import __version__
 from lightning_mp.errors import LightningMPError, SettingValueError
-from lightning_mp.hardware import default_device, describe_machine, read_facts
+from lightning_mp.hardware import default_device, describe_machine, read_facts, resolve_auto
 from lightning_mp.memory import estimate_memory, format_estimate
 from lightning_mp.report import build_report
 
@@ -70,6 +70,8 @@ def _parse_device(text: str) -> torch.device:
         raise SettingValueError(
             f"--device={text!r} is not a torch device. Pass one such as cpu, cuda or cuda:1."
         ) from error
+    if device.type not in ("cpu", "cuda", "mps"):
+        raise SettingValueError(f"--device={text!r}: cpu, cuda and mps are supported.")
     if device.type == "cuda" and (device.index or 0) >= max(torch.cuda.device_count(), 1):
         raise SettingValueError(f"--device={text!r}, but this machine has {torch.cuda.device_count()} CUDA devices.")
     return device
@@ -84,7 +86,9 @@ def _add_plan(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
     plan.add_argument(
         "model", help="number of parameters (7e9, 7B, 350M), or module:Class of a model that is built without arguments"
     )
-    plan.add_argument("--precision", default="bf16", help="as of MixedPrecision (default: %(default)s)")
+    plan.add_argument(
+        "--precision", default="bf16", help="as of MixedPrecision; auto: what this machine gets (default: %(default)s)"
+    )
     plan.add_argument("--master-weights", default="params", help="params, copy, split or none (default: %(default)s)")
     plan.add_argument("--optimizer", default="adamw", help="adamw, adam, sgd, sgd-momentum or adamw8bit")
     plan.add_argument("--accumulate-grad-batches", type=int, default=1, metavar="N")
@@ -94,9 +98,10 @@ def _add_plan(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
 
 
 def _plan(arguments: argparse.Namespace) -> str:
+    is_auto = arguments.precision == "auto"
     estimate = estimate_memory(
         _parse_model(arguments.model),
-        precision=arguments.precision,
+        precision=resolve_auto(default_device())[0] if is_auto else arguments.precision,
         master_weights=arguments.master_weights,
         optimizer=arguments.optimizer,
         accumulate_grad_batches=arguments.accumulate_grad_batches,
@@ -107,11 +112,11 @@ def _plan(arguments: argparse.Namespace) -> str:
 
 
 def _parse_model(text: str) -> nn.Module | float:
-    count = re.fullmatch(r"([0-9.]+(?:e[0-9]+)?)([kmb]?)", text.lower())
-    if count is not None:
-        return float(count[1]) * {"": 1.0, "k": 1e3, "m": 1e6, "b": 1e9}[count[2]]
+    number = re.fullmatch(r"([0-9]+\.?[0-9]*|\.[0-9]+)(e[0-9]{1,2})?([kmb]?)", text.lower())
+    if number is not None:
+        return float(number[1] + (number[2] or "")) * {"": 1.0, "k": 1e3, "m": 1e6, "b": 1e9}[number[3]]
     path, _, name = text.partition(":")
-    if not name:
+    if not path or not name:
         raise SettingValueError(
             f"model={text!r} is neither a number of parameters nor module:Class. Pass one such as 7e9, 7B, 350M, or "
             "my_package.my_module:MyLightningModule."
@@ -127,14 +132,18 @@ def _build_on_meta(path: str, name: str, text: str) -> nn.Module:
             model = model_class()
             if hasattr(model, "configure_model"):
                 model.configure_model()
-    except (ImportError, AttributeError, TypeError) as error:
+    # The constructor is the user's and raises what it likes.
+    except Exception as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise SettingValueError(
-            f"model={text!r} could not be built without arguments: {error}. Pass the number of parameters instead."
+            f"model={text!r} could not be built without arguments: {reason}. Pass the number of parameters instead."
         ) from error
     finally:
         sys.path.remove("")
     if not isinstance(model, nn.Module):
-        raise SettingValueError(f"model={text!r} is a {type(model).__name__}; it must be a torch.nn.Module.")
+        raise SettingValueError(
+            f"model={text!r} gives an object of {type(model).__name__}; it must be a torch.nn.Module."
+        )
     return model
 
 

@@ -77,6 +77,7 @@ class MemoryEstimate:
         return self.total / self.num_params if self.num_params else 0.0
 
 
+_UNITS = (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10))
 _COMPONENTS = tuple(field.name for field in fields(MemoryEstimate) if field.name != "num_params")
 
 
@@ -178,10 +179,12 @@ def format_estimate(estimate: MemoryEstimate) -> str:
         total                5.59         6.00
     """
     rows = [(name, getattr(estimate, name)) for name in (*_COMPONENTS, "total")]
-    lines = [f"{'component':<16} {'GiB':>8} {'bytes/param':>12}"]
+    # Of a small model all sizes would be 0.00 GiB.
+    unit, size = next(((u, s) for u, s in _UNITS if estimate.total >= s), _UNITS[-1])
+    lines = [f"{'component':<16} {unit:>8} {'bytes/param':>12}"]
     for name, value in rows:
         share = value / estimate.num_params if estimate.num_params else 0.0
-        lines.append(f"{name:<16} {value / 2**30:>8.2f} {share:>12.2f}")
+        lines.append(f"{name:<16} {value / size:>8.2f} {share:>12.2f}")
     return "\n".join(lines)
 
 

@@ -4,10 +4,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from lightning_mp import __version__
 from lightning_mp.cli import main
-from lightning_mp.hardware import default_device, describe_machine, read_facts
+from lightning_mp.hardware import default_device, describe_machine, read_facts, resolve_auto
 
 
 def test_doctor_prints_the_report_that_the_fp8_error_uses(capsys) -> None:
@@ -71,7 +72,29 @@ def test_plan_prints_the_bytes_of_a_number_of_parameters(count, capsys) -> None:
 def test_plan_builds_a_model_without_taking_its_memory(capsys) -> None:
     assert main(["plan", "lightning.pytorch.demos.boring_classes:BoringModel", "--optimizer", "sgd"]) == 0
     rows = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert ["total", "0.00", "8.00"] in rows
+    # 32 * 2 weights and 2 biases, 4 bytes each for value and gradient.
+    assert ["total", f"{66 * 8 / 2**10:.2f}", "8.00"] in rows
+    assert ["component", "KiB", "bytes/param"] in rows
+
+
+def test_plan_of_auto_is_that_of_the_precision_that_this_machine_gets(capsys) -> None:
+    assert main(["plan", "1e6", "--precision", "auto"]) == 0
+    found = capsys.readouterr().out
+    assert main(["plan", "1e6", "--precision", resolve_auto(default_device())[0]]) == 0
+    assert capsys.readouterr().out == found
+
+
+class ReadsItsWeights(nn.Module):
+    """What a constructor on the meta device cannot do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.largest = torch.ones(3).max().item()
+
+
+class RaisesLines(nn.Module):
+    def __init__(self) -> None:
+        raise OSError("no data here\nsecond line")
 
 
 @pytest.mark.parametrize(
@@ -80,7 +103,14 @@ def test_plan_builds_a_model_without_taking_its_memory(capsys) -> None:
         (["plan", "seven"], "model='seven' is neither a number of parameters nor module:Class"),
         (["plan", "no_such_module:Model"], "could not be built without arguments: No module named 'no_such_module'"),
         (["plan", "torch.nn:Linear"], "model='torch.nn:Linear' could not be built without arguments"),
-        (["plan", "collections:Counter"], "is a Counter; it must be a torch.nn.Module"),
+        (["plan", "collections:Counter"], "gives an object of Counter; it must be a torch.nn.Module"),
+        (["plan", "tests.test_cli:ReadsItsWeights"], "could not be built without arguments: Tensor.item() cannot be"),
+        (["plan", "tests.test_cli:RaisesLines"], "could not be built without arguments: no data here. Pass"),
+        (["plan", "1.2.3B"], "model='1.2.3B' is neither a number of parameters nor module:Class"),
+        (["plan", "."], "model='.' is neither"),
+        (["plan", "1e999"], "model='1e999' is neither"),
+        (["plan", ":A"], "model=':A' is neither"),
+        (["doctor", "--device", "meta"], "--device='meta': cpu, cuda and mps are supported"),
         (["plan", "1e9", "--precision", "fp16", "--master-weights", "split"], "split"),
         (["plan", "1e9", "--optimizer", "adamm"], "adamm"),
     ],
