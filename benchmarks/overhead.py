@@ -259,7 +259,9 @@ def monitors() -> list[Callback]:
 def fit(case: Case, plugin: Precision, callbacks: list[Callback], args: argparse.Namespace) -> None:
     """Train the case's model once."""
     model = case.model(fused=case.fused)
-    num_batches = (WARMUP_BLOCKS + args.blocks + 1) * BLOCK_STEPS
+    # A step of the main job is long, and noise a small part of it.
+    blocks = max(args.blocks // 5, 2) if case.model is MainJob else args.blocks
+    num_batches = (WARMUP_BLOCKS + blocks + 1) * BLOCK_STEPS
     trainer = Trainer(
         plugins=[plugin],
         callbacks=callbacks,
@@ -339,7 +341,7 @@ def cases(args: argparse.Namespace) -> list[Case]:
         for model in (SlowModel, MainJob)
         for precision in args.precision
         if precision != "fp16" or args.accelerator == "cuda"
-        for against_ours in (False, True)
+        for against_ours in ((False,) if model is MainJob else (False, True))
     ]
     chosen = {"plain": plain, "callbacks": watched if has_monitors() else [], "import": []}
     return chosen[args.only] if args.only else plain + chosen["callbacks"]
