@@ -38,8 +38,9 @@ class GradientRange:
         flushed_unscaled: Share that FP16 flushes to zero without a loss scale (magnitude at or below 2**-25).
         flushed: The same at the loss scale of this step.
         saturated: Share beyond 65504 at the loss scale of this step, infinities included.
-        suggested_scale: Largest power of two that leaves the largest finite gradient a factor of 2 to 4
-            below 65504, at most ``DynamicLossScale().max_scale``; ``None`` without nonzero finite gradients.
+        suggested_scale: Largest power of two that leaves the largest gradient a factor of 2 to 4 below
+            65504, at most ``DynamicLossScale().max_scale``. ``None`` where the largest gradient is not known:
+            without nonzero gradients, and with an Inf or NaN among them, as after an overflow.
     """
 
     step: int
@@ -67,7 +68,8 @@ class GradientRangeMonitor(Callback):
 
     - ``flushed_unscaled``, ``flushed``, ``saturated``: shares of nonzero gradients (0 to 1), see
       ``GradientRange``.
-    - ``suggested_scale``: a loss scale for FP16 (no unit).
+    - ``suggested_scale``: a loss scale for FP16 (no unit); left out where it is ``None``, as at a step that
+      overflowed.
 
     The event log ``gradient_range.jsonl`` holds one ``GradientRange`` per group and measured step. At the
     end of ``fit`` the picture ``gradient_range.png`` of all measured steps lies beside it.
@@ -232,7 +234,8 @@ def _describe(tally: GradientTally, step: int, group: str) -> GradientRange:
         flushed_unscaled=tally.num_flushed_unscaled / nonzero,
         flushed=tally.num_flushed / nonzero,
         saturated=tally.num_saturated / nonzero,
-        suggested_scale=suggest_scale(tally.amax),
+        # Those that overflowed are the largest: what is left of the others would suggest a scale above this one.
+        suggested_scale=None if tally.num_nonfinite else suggest_scale(tally.amax),
     )
 
 

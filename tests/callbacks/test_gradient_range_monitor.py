@@ -131,6 +131,34 @@ def test_all_zero_gradients_suggest_nothing():
     assert "gradient_range/suggested_scale" not in run.callback_metrics
 
 
+class CastGradients(GivenGradients):
+    """The gradients of 16-bit parameters pass through 16 bits, as those of matrix products do."""
+
+    def training_step(self, batch, batch_idx):
+        return sum((p.float() * g).sum() for p, g in zip((self.first, self.second), self.given, strict=True))
+
+
+def test_step_that_overflowed_suggests_no_scale_until_one_fits():
+    # Gradients of an FP16 copy: 10 fits FP16 at a scale of 4096 and not at 8192 (81920 > 65504), where the
+    # finite rest, 2**-10, would suggest 2**24. By hand: 65504 / 10 is in [2**12, 2**13), half of it is 2**11.
+    plugin = MixedPrecision("fp16", master_weights="copy", loss_scale={"init_scale": 2.0**16})
+    monitor, _ = measure(plugin, model=CastGradients([10.0], [2.0**-10]), every_n_steps=1)
+    suggested = {(r.step, r.group): r.suggested_scale for r in monitor.history}
+    assert [suggested[step, "all"] for step in range(8)] == [None] * 4 + [2.0**11] * 4
+    assert [suggested[step, "first"] for step in range(8)] == [None] * 4 + [2.0**11] * 4
+    assert {suggested[step, "group1"] for step in range(8)} == {2.0**24}
+
+
+@pytest.mark.filterwarnings("ignore:.*non-finite")
+@pytest.mark.parametrize("bad", [INF, float("nan")])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_non_finite_gradient_leaves_nothing_to_suggest_in_any_precision(precision, bad):
+    monitor, run = measure(MixedPrecision(precision), model=GivenGradients([bad, 1.0], [1.0]))
+    assert {r.group: r.suggested_scale for r in monitor.history} == {"all": None, "first": None, "group1": 2.0**14}
+    assert "gradient_range/suggested_scale" not in run.callback_metrics
+    assert run.callback_metrics["gradient_range/group1/suggested_scale"] == 2.0**14
+
+
 def test_only_every_nth_step_is_measured():
     monitor, _ = measure(MixedPrecision("bf16"), every_n_steps=3)
     assert [found.step for found in monitor.history if found.group == "all"] == [0, 3, 6]
