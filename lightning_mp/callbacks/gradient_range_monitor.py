@@ -63,8 +63,10 @@ class GradientRangeMonitor(Callback):
     The device is read at measured steps only. Under FSDP and FSDP2 the shards of
     all ranks are added up; what a further mesh dimension replicates counts once per copy.
 
-    Logged at measured steps, for all parameters as ``gradient_range/<field>`` and, where there are
-    several parameter groups, as ``gradient_range/<group>/<field>``:
+    Each measured value goes to the loggers once, with the step it was measured at, whatever
+    ``log_every_n_steps`` is, and to ``trainer.callback_metrics``: for all parameters as
+    ``gradient_range/<field>`` and, where there are several parameter groups, as
+    ``gradient_range/<group>/<field>``:
 
     - ``flushed_unscaled``, ``flushed``, ``saturated``: shares of nonzero gradients (0 to 1), see
       ``GradientRange``.
@@ -103,7 +105,7 @@ class GradientRangeMonitor(Callback):
         self.plot = plot
         self.event_log = EventLog("gradient_range", dirpath)
         self.history: list[GradientRange] = []
-        self._unlogged: list[GradientRange] = []
+        self._unlogged: dict[str, float] = {}
         self._loss_scale = 1.0
         self._seen: dict[int, int] = {}
         self._first_step = 0
@@ -114,7 +116,7 @@ class GradientRangeMonitor(Callback):
         logged = [_from_event(event) for event in self.event_log.read()]
         kept = [found for found in self.history if found.step < step]
         self.history = logged if len(logged) > len(kept) else kept
-        self._unlogged = []
+        self._unlogged = {}
         self._seen, self._first_step = {}, step
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
@@ -136,15 +138,19 @@ class GradientRangeMonitor(Callback):
         }
         tallies = read_tallies(on_device, is_sharded=sharded)
         prefix = _prefix(trainer.optimizers, optimizer)
-        self._keep(_describe(total_tally(tallies.values()), trainer.global_step, prefix + _ALL), is_logged=True)
-        for name, tally in tallies.items():
-            self._keep(_describe(tally, trainer.global_step, prefix + name), is_logged=len(tallies) > 1)
+        everything = _describe(total_tally(tallies.values()), trainer.global_step, prefix + _ALL)
+        groups_found = [_describe(tally, trainer.global_step, prefix + name) for name, tally in tallies.items()]
+        for found in (everything, *groups_found):
+            self.history.append(found)
+            self.event_log.append(found)
+        self._publish(trainer, [everything, *groups_found] if len(groups_found) > 1 else [everything])
 
-    def _keep(self, found: GradientRange, *, is_logged: bool) -> None:
-        self.history.append(found)
-        self.event_log.append(found)
-        if is_logged:
-            self._unlogged.append(found)
+    def _publish(self, trainer: Trainer, measured: list[GradientRange]) -> None:
+        """Write to the loggers at once: ``log`` would write at log steps, what was measured last or nothing."""
+        values = {name: value for found in measured for name, value in _logged_values(found)}
+        self._unlogged |= values
+        for logger in trainer.loggers:
+            logger.log_metrics(dict(values), step=measured[0].step)
 
     def _is_due(self, step: int, optimizer: Optimizer) -> bool:
         """Tell whether a multiple of ``every_n_steps`` lies after this optimizer's last step, up to ``step``.
@@ -158,14 +164,10 @@ class GradientRangeMonitor(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        unlogged, self._unlogged = self._unlogged, []
-        for found in unlogged:
-            prefix = "gradient_range" if found.group == _ALL else f"gradient_range/{found.group}"
-            for name in _LOGGED:
-                value = getattr(found, name)
-                if value is not None:
-                    # Without a batch size Lightning would look for one in the batch, and refuse dataloader_iter.
-                    pl_module.log(f"{prefix}/{name}", value, on_step=True, on_epoch=False, batch_size=1)
+        for name, value in self._unlogged.items():
+            # Without a batch size Lightning would look for one in the batch, and refuse dataloader_iter.
+            pl_module.log(name, value, on_step=True, on_epoch=False, logger=False, batch_size=1)
+        self._unlogged = {}
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.event_log.close()
@@ -237,6 +239,12 @@ def _describe(tally: GradientTally, step: int, group: str) -> GradientRange:
         # Those that overflowed are the largest: what is left of the others would suggest a scale above this one.
         suggested_scale=None if tally.num_nonfinite else suggest_scale(tally.amax),
     )
+
+
+def _logged_values(found: GradientRange) -> list[tuple[str, float]]:
+    prefix = "gradient_range" if found.group == _ALL else f"gradient_range/{found.group}"
+    values = [(f"{prefix}/{name}", getattr(found, name)) for name in _LOGGED]
+    return [(name, value) for name, value in values if value is not None]
 
 
 def _from_event(event: dict[str, Any]) -> GradientRange:

@@ -242,9 +242,51 @@ def test_fields_are_logged_for_all_and_for_each_of_several_groups(tmp_path):
     assert logged["gradient_range/suggested_scale"] == 2.0**7
     assert logged["gradient_range/first/flushed"] == pytest.approx(1 / 3)
     assert logged["gradient_range/group1/saturated"] == pytest.approx(1 / 2)
-    rows = list(csv.DictReader((Path(logger.log_dir) / "metrics.csv").read_text().splitlines()))
-    assert [float(row["gradient_range/flushed"]) for row in rows] == pytest.approx([0.2] * len(rows))
+    assert written(logger, "gradient_range/flushed") == [(0, pytest.approx(0.2)), (4, pytest.approx(0.2))]
     assert (Path(logger.log_dir) / "gradient_range.png").read_bytes().startswith(b"\x89PNG")
+
+
+def written(logger, name):
+    """Return the steps and values that a CSVLogger holds of one name, in its order."""
+    rows = csv.DictReader((Path(logger.log_dir) / "metrics.csv").read_text().splitlines())
+    return [(int(row["step"]), float(row[name])) for row in rows if row[name]]
+
+
+@pytest.mark.parametrize(("every_n_steps", "log_every_n_steps"), [(1, 50), (2, 3), (3, 2), (2, 2), (3, 1)])
+def test_each_measured_value_is_in_every_logger_once_at_its_own_step(tmp_path, every_n_steps, log_every_n_steps):
+    class LogsToo(GivenGradients):
+        def training_step(self, batch, batch_idx):
+            self.log("own", float(batch_idx))
+            return super().training_step(batch, batch_idx)
+
+    loggers = [CSVLogger(tmp_path, name="a"), CSVLogger(tmp_path, name="b")]
+    model = LogsToo([1.0], [2.0], factors=[2.0**-step for step in range(8)])
+    settings = {"every_n_steps": every_n_steps, "log_every_n_steps": log_every_n_steps}
+    _, run = measure(MixedPrecision("fp32"), model=model, logger=loggers, **settings)
+    # By hand: the largest gradient of step s is 2**(1 - s), for which the scale is 2**(13 + s), as
+    # 2**14 is for 1; the first group's is half of that, 2**-s.
+    steps = range(0, 8, every_n_steps)
+    for logger in loggers:
+        assert written(logger, "gradient_range/suggested_scale") == [(s, 2.0 ** (13 + s)) for s in steps]
+        assert written(logger, "gradient_range/first/suggested_scale") == [(s, 2.0 ** (14 + s)) for s in steps]
+        own = range(log_every_n_steps - 1, 8, log_every_n_steps)
+        assert log_every_n_steps > 8 or written(logger, "own") == [(s, s) for s in own]
+    assert run.callback_metrics["gradient_range/suggested_scale"] == 2.0 ** (13 + steps[-1])
+
+
+def test_accumulated_steps_are_written_at_the_steps_of_the_history(tmp_path):
+    logger = CSVLogger(tmp_path)
+    measure(MixedPrecision("fp32"), logger=logger, every_n_steps=1, accumulate_grad_batches=3, log_every_n_steps=1)
+    assert [step for step, _ in written(logger, "gradient_range/suggested_scale")] == [0, 1, 2]
+
+
+def test_each_of_two_optimizers_is_written_at_its_own_steps(tmp_path):
+    logger = CSVLogger(tmp_path)
+    model = TwoOptimizers(FIRST, SECOND)
+    model.automatic_optimization = False
+    measure(scaled_plugin(), model=model, logger=logger, every_n_steps=10)
+    assert [step for step, _ in written(logger, "gradient_range/optimizer0/all/flushed")] == [0, 10]
+    assert [step for step, _ in written(logger, "gradient_range/optimizer1/all/flushed")] == [1, 11]
 
 
 def test_single_group_is_not_logged_twice():
