@@ -45,7 +45,8 @@ class FP8LayerStats(RowsMetric):
     def __init__(
         self, fqns: Sequence[str], operands: Sequence[str] = ("input", "weight", "grad"), **kwargs: Any
     ) -> None:
-        super().__init__(**kwargs)
+        # Rows hold indices into both.
+        super().__init__(settings=(list(fqns), list(operands)), **kwargs)
         self.fqns = list(fqns)
         self.operands = list(operands)
 

@@ -19,6 +19,8 @@ class UnderflowFraction(Metric):
     It is ``numerics.underflow_fraction`` over many tensors: elements are counted, so that a large tensor
     weighs more than a small one, over updates and over ranks. Without nonzero values it is zero.
 
+    Several of them, of different dtypes, stay apart in one ``torchmetrics.MetricCollection``.
+
     Args:
         dtype: Floating dtype to cast to, such as ``torch.float16``.
         kwargs: Settings of ``torchmetrics.Metric``, such as ``sync_on_compute``.
@@ -43,14 +45,31 @@ class UnderflowFraction(Metric):
     full_state_update = False
     plot_lower_bound = 0.0
     plot_upper_bound = 1.0
-    num_flushed: Tensor
     num_nonzero: Tensor
 
     def __init__(self, dtype: torch.dtype, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.target = format_of(dtype)
-        self.add_state("num_flushed", torch.tensor(0), dist_reduce_fx="sum")
+        # A MetricCollection makes one metric of those whose states have equal names and values.
+        self._flushed_state = f"num_flushed_{str(dtype).removeprefix('torch.')}"
+        self.add_state(self._flushed_state, torch.tensor(0), dist_reduce_fx="sum")
         self.add_state("num_nonzero", torch.tensor(0), dist_reduce_fx="sum")
+
+    @property
+    def num_flushed(self) -> Tensor:
+        """Nonzero values so far that the cast flushes to zero, an int64 scalar."""
+        counted: Tensor = getattr(self, self._flushed_state)
+        return counted
+
+    @num_flushed.setter
+    def num_flushed(self, value: Tensor) -> None:
+        setattr(self, self._flushed_state, value)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # The name of this state before it carried the dtype.
+        if f"{prefix}num_flushed" in state_dict:
+            state_dict[prefix + self._flushed_state] = state_dict.pop(f"{prefix}num_flushed")
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def update(self, x: Tensor) -> None:
         """Count the elements of ``x``, a floating-point tensor of any shape; it is not read on the host."""

@@ -1,11 +1,14 @@
 """The metrics count right alone, over ranks, and in a LightningModule, and draw what they counted."""
 
+import copy
+import pickle
 import subprocess
 import sys
 
 import pytest
 import torch
 from torch import nn
+from torchmetrics import MetricCollection
 
 from lightning_mp.errors import SettingTypeError, SettingValueError
 from lightning_mp.formats import FP16
@@ -114,6 +117,81 @@ def test_fp8_stats_name_what_they_do_not_know():
     stats = FP8LayerStats(["a"])
     with pytest.raises(SettingValueError, match=r"fqn='c' is not known. Known: a"):
         stats.update(0, "c", "input", amax=1.0, scale=1.0, saturated=0.0, flushed=0.0, sqnr_db=1.0)
+
+
+# --- In a MetricCollection -------------------------------------------------------------------------
+
+
+def test_underflow_of_several_dtypes_in_a_collection_is_what_each_finds_alone():
+    dtypes = [torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2]
+    together = MetricCollection({f"to_{str(dtype)[6:]}": UnderflowFraction(dtype) for dtype in dtypes})
+    # No format flushes anything of the first update, after which a collection looks for equal states.
+    x = torch.tensor([2.0**-12, 2.0**-20, 2.0**-30, 1.0])
+    for each in (torch.tensor([1.0, 2.0]), x):
+        together.update(each)
+    # Oracle: the cast itself.
+    expected = {f"to_{str(dtype)[6:]}": (x.to(dtype).float() == 0).sum().item() / 6 for dtype in dtypes}
+    assert len(set(expected.values())) == 4
+    found = together.compute()
+    assert {name: value.item() for name, value in found.items()} == pytest.approx(expected)
+
+
+def test_fp8_stats_of_several_layers_in_a_collection_keep_their_own_places():
+    # Both hold layer index 0 and the same values after the first update.
+    together = MetricCollection({"ab": FP8LayerStats(["a", "b"]), "abc": FP8LayerStats(["a", "b", "c"])})
+    operands = MetricCollection({"few": FP8LayerStats(["a", "b"], ["input"]), "all": FP8LayerStats(["a", "b"])})
+    values = {"amax": 1.0, "scale": 1.0, "saturated": 0.0, "flushed": 0.0, "sqnr_db": 30.0}
+    for collection in (together, operands):
+        collection.update(0, "a", "input", **values)
+        collection.update(1, "b", "input", **values)
+        assert len(collection.compute_groups) == 2
+    with pytest.raises(SettingValueError, match="fqn='c'"):
+        together.update(2, "c", "input", **values)
+
+
+def test_trajectories_in_a_collection_keep_their_own_limits():
+    # Rows do not depend on the limits, so that these may share them.
+    limits = {"dynamic": ScaleLimits(is_dynamic=True), "static": ScaleLimits()}
+    together = MetricCollection({name: LossScaleTrajectory(each) for name, each in limits.items()})
+    for r in RECORDS:
+        together.update(r.step, r.loss_scale, r.found_inf, r.skipped)
+    together.compute()
+    for name, trajectory in together.items():
+        assert (trajectory.limits, trajectory.records()) == (limits[name], RECORDS)
+
+
+def _copies(metric):
+    metric.persistent(True)
+    loaded = copy.deepcopy(metric)
+    loaded.reset()
+    loaded.load_state_dict(metric.state_dict())
+    return [copy.deepcopy(metric), pickle.loads(pickle.dumps(metric)), loaded]
+
+
+@pytest.mark.filterwarnings("ignore:The ``compute`` method of metric")
+def test_metrics_with_settings_are_copied_and_restored():
+    lost, stats = UnderflowFraction(torch.float16), FP8LayerStats(["a", "b"])
+    lost.update(torch.tensor([2.0**-30, 1.0]))
+    stats.update(3, "b", "grad", amax=2.0, scale=1.0, saturated=0.0, flushed=0.0, sqnr_db=30.0)
+    assert [(each.compute().item(), each.num_flushed.item()) for each in _copies(lost)] == [(0.5, 1)] * 3
+    assert [each.compute()["amax"][1, 2].item() for each in _copies(stats)] == [2.0] * 3
+
+
+def test_states_of_before_they_carried_settings_are_restored():
+    lost, stats = UnderflowFraction(torch.float16), FP8LayerStats(["a", "b"])
+    lost.load_state_dict({"num_flushed": torch.tensor(3), "num_nonzero": torch.tensor(4)})
+    rows = {"step": 3, "layer": 1, "operand": 2, "amax": 2.0, "scale": 1.0, "saturated": 0.0, "flushed": 0.0}
+    stats.load_state_dict({f"{k}_rows": [torch.tensor([v])] for k, v in (rows | {"sqnr_db": 30.0}).items()})
+    assert lost.num_flushed == 3
+    assert stats.rows()["amax"].tolist() == [2.0]
+    assert stats.rows()["layer"].tolist() == [1]
+
+
+def test_state_of_another_dtype_is_refused():
+    other = UnderflowFraction(torch.bfloat16)
+    other.persistent(True)
+    with pytest.raises(RuntimeError, match="num_flushed_bfloat16"):
+        UnderflowFraction(torch.float16).load_state_dict(other.state_dict())
 
 
 # --- Over ranks ------------------------------------------------------------------------------------
