@@ -48,8 +48,8 @@ class SharedCasts:
     """Autocast's cache: each FP32 weight is cast once in a ``training_step``, for all of its forwards.
 
     K calls of one layer then save one cast of its weight for backward rather than K. A weight that is written
-    between two of them would be seen by neither, so code that may write weights gets no cache, and a write
-    that is found by a tensor's version ends the sharing.
+    between two of them would not be seen by the second, so code that may write weights gets no cache, and a write
+    that is found by a tensor's version, of which every eighth batch is asked, ends the sharing.
 
     Args:
         module: The LightningModule in training.
@@ -81,8 +81,8 @@ class SharedCasts:
         self.is_allowed = False
         self._on_end()
         notice(
-            "training_step wrote weights between its forwards, which share the cast of a weight. In this one step a "
-            "forward after the write may have used the values from before it; from the next step on each forward casts "
-            "its weights anew. That is so from the first step if training_step, or what it calls, names the write: "
-            "weight.add_, .data, parameters()."
+            "training_step wrote weights between its forwards, which share the cast of a weight. In this step, and in "
+            "up to 7 before it, a forward after the write may have used the values from before it; from the next step "
+            "on each forward casts its weights anew. That is so from the first step if training_step, or what it "
+            "calls, names the write: weight.add_, .data, parameters()."
         )

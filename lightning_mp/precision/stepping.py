@@ -30,6 +30,9 @@ from lightning_mp.precision.steps import Attempt, StepLedger
 
 __all__ = ["OptimizerStepper"]
 
+# Whether a weight was written in the batch: 8 us on a CPU. Code that does so does it again.
+_BATCHES_BETWEEN_LOOKS = 8
+
 
 class OptimizerStepper:
     """Runs optimizer steps under a loss scale, or under a check of the gradients alone.
@@ -64,6 +67,7 @@ class OptimizerStepper:
         self.is_stepping = False
         self.gradients: Gradients | None = None  # reads and clips those of 16-bit parameters
         self.shared_casts: SharedCasts | None = None  # of FP32 parameters in an autocast region
+        self._watched_casts: SharedCasts | None = None  # the same in a batch that is looked at
         self._on_nonfinite = on_nonfinite
         self._is_manual = is_manual
         self._is_distributed = is_distributed
@@ -122,8 +126,8 @@ class OptimizerStepper:
             What ``optimizer.step`` returns; ``None`` for a step that the host skipped.
         """
         self.is_stepping = True  # until the caller has its result
-        if self.is_in_batch and self.shared_casts is not None:
-            self.shared_casts.check()
+        if self._watched_casts is not None:
+            self._watched_casts.check()
         self._has_no_closure = closure is do_nothing_closure
         if self._last_hook is not None:
             self.release_hook()
@@ -237,8 +241,8 @@ class OptimizerStepper:
 
     def _forget_casts(self) -> None:
         clear_cast_weights()
-        if self.shared_casts is not None:
-            self.shared_casts.begin()
+        if self._watched_casts is not None:
+            self._watched_casts.begin()
 
     def check_announced(self, optimizer: Optimizer) -> None:
         """Refuse gradients of a loss that was never scaled.
@@ -260,14 +264,17 @@ class OptimizerStepper:
         """Note that ``training_step`` runs: steps from here on belong to one batch."""
         self.ledger.batch += 1
         self.is_in_batch = True
-        if self.shared_casts is not None:
-            self.shared_casts.begin()
+        if self.ledger.batch % _BATCHES_BETWEEN_LOOKS == 1 and self.shared_casts is not None:
+            self._watched_casts = self.shared_casts
+            self._watched_casts.begin()
 
     def exit_batch(self, succeeded: bool) -> None:
         """Move the scale once for all optimizers that stepped within ``training_step``."""
         self.is_in_batch = False
-        if self.shared_casts is not None and succeeded:
-            self.shared_casts.check()
+        if self._watched_casts is not None:
+            watched, self._watched_casts = self._watched_casts, None
+            if succeeded:
+                watched.check()
         found, self._batch_found_inf = self._batch_found_inf, []
         if not found or not succeeded or self.scaler is None or not self.scaler.is_dynamic:
             return
