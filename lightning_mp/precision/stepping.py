@@ -136,7 +136,8 @@ class OptimizerStepper:
         result = closure()
         if self.ledger.pending is not None:
             self.ledger.settle()
-        self.check_announced(optimizer)
+        if self._is_manual:
+            self.check_announced(optimizer)
         attempt = self.ledger.open(optimizer)
         attempt.found_inf = self.unscaler.unscale_(optimizer)
         if attempt.found_inf is None:
@@ -170,7 +171,7 @@ class OptimizerStepper:
         self._attempt = attempt
         after_closure(optimizer)
         self._attempt = None
-        skip_flag = self._skip_flag(found_inf, attempt.loss)
+        skip_flag = found_inf if self._on_nonfinite != "ignore" else self._skip_flag(found_inf, attempt.loss)
         if skip_flag is not None and not supports_skip_on_device(optimizer):
             skipped = not self.ledger.count_if_applied(attempt) and self.ledger.account(attempt).skipped
             output = None if skipped else self._apply(optimizer, result, kwargs)
@@ -184,9 +185,7 @@ class OptimizerStepper:
         return result if output is None and self.scaler is None else output
 
     def _skip_flag(self, found_inf: Tensor, loss: Tensor | None) -> Tensor | None:
-        """Return the 0-dim tensor that says whether to skip, or ``None`` if nothing can make it skip."""
-        if self._on_nonfinite != "ignore":
-            return found_inf
+        """Return what says whether to skip under ``on_nonfinite="ignore"``, or ``None`` if nothing can make it skip."""
         if self.scaler is None or not self.scaler.is_dynamic:
             return None
         if loss is None:
