@@ -5,6 +5,7 @@ from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 
+from lightning_mp.formats import HALF_DTYPES
 from lightning_mp.loss_scale import DynamicLossScale, LossScaleRule
 from lightning_mp.policy import PrecisionPolicy
 from lightning_mp.precision import ManifestRow, MixedPrecision
@@ -26,10 +27,15 @@ def read_manifest(trainer: Trainer, pl_module: LightningModule) -> list[Manifest
         return plugin.manifest()
     precision = str(plugin.precision)
     if precision in _SAME_AS_OURS:
-        return build_manifest(pl_module, PrecisionPolicy.parse(precision))
-    rows = build_manifest(pl_module, PrecisionPolicy.parse("fp32"))
+        return _without_masters(build_manifest(pl_module, PrecisionPolicy.parse(precision)))
+    rows = _without_masters(build_manifest(pl_module, PrecisionPolicy.parse("fp32")))
     reason = f"precision={precision!r}: computes as stored"
     return [replace(row, compute_dtype=row.param_dtype, reason=reason) for row in rows]
+
+
+def _without_masters(rows: list[ManifestRow]) -> list[ManifestRow]:
+    """Say that 16-bit parameters have no FP32 values behind them: only ``MixedPrecision`` keeps those."""
+    return [replace(row, master="none") if row.param_dtype in HALF_DTYPES else row for row in rows]
 
 
 def is_fp8_run(trainer: Trainer) -> bool:

@@ -228,9 +228,11 @@ def _describe_masters(rows: Sequence[ManifestRow]) -> str:
     places: dict[str, int] = {}
     for row in rows:
         if row.num_params:
-            places[row.master] = places.get(row.master, 0) + row.num_params
+            # Parameters that are their own masters may be FP64.
+            themselves = f"the parameters themselves, in {dtype_name(row.param_dtype)}"
+            place = themselves if row.master == "params" else row.master
+            places[place] = places.get(place, 0) + row.num_params
     words = {
-        "params": "the parameters themselves, in FP32",
         "copy": "an FP32 copy",
         "split": "16 further bits beside the BF16 parameter",
         "none": "nowhere: updates are rounded to 16 bits",

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from lightning.pytorch.plugins.precision import HalfPrecision
+from lightning.pytorch.plugins.precision import DoublePrecision, HalfPrecision
 from lightning.pytorch.plugins.precision import MixedPrecision as LightningMixedPrecision
 from torch import nn
 
@@ -132,6 +132,33 @@ def test_plugins_of_lightning_are_summarized_too(plugin, stored, computes):
         stored,
         computes,
     ]
+
+
+@pytest.mark.parametrize(
+    ("plugin", "place", "master"),
+    [
+        (HalfPrecision("bf16-true"), "nowhere: updates are rounded to 16 bits", "none"),
+        (HalfPrecision("16-true"), "nowhere: updates are rounded to 16 bits", "none"),
+        (DoublePrecision(), "the parameters themselves, in FP64", "params"),
+        (LightningMixedPrecision("bf16-mixed", "cpu"), "the parameters themselves, in FP32", "params"),
+        (None, "the parameters themselves, in FP32", "params"),
+    ],
+)
+def test_masters_are_those_that_lightnings_plugins_have(plugin, place, master):
+    lines = show(plugin, model=Regression())
+    assert f"Master weights: {place} (5)" in lines
+    assert next(line for line in lines if line.startswith("layer")).split()[-1] == master
+
+
+def test_masters_of_a_model_of_several_dtypes_are_told_apart():
+    model = Model()
+    model.blocks.bfloat16()
+    model.scale.data = model.scale.data.double()
+    line = next(line for line in show(LightningMixedPrecision("bf16-mixed", "cpu"), model=model) if "Master" in line)
+    assert line == (
+        "Master weights: the parameters themselves, in FP64 (3); the parameters themselves, in FP32 (5); "
+        "nowhere: updates are rounded to 16 bits (8,708)"
+    )
 
 
 def test_without_rich_the_table_goes_to_the_logger(monkeypatch, caplog, capsys):
