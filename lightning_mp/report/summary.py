@@ -72,7 +72,7 @@ class Misaligned:
 
     Args:
         fqn: Full dotted name of the module.
-        dimension: Its attribute, such as ``"out_features"``.
+        dimension: Its attribute, such as ``"out_features"``; of a grouped convolution ``"in_channels / groups"``.
         size: What it is.
         padded: The next size that is aligned.
         multiple: What aligned sizes are multiples of.
@@ -147,7 +147,7 @@ def find_misaligned(module: nn.Module, rows: Sequence[ManifestRow], *, is_fp8: b
     """Return the dimensions of 16-bit matrix products that are no multiples of 8, or 16 under FP8.
 
     A dimension of 1 is left out: padding it would multiply the work. So are depthwise convolutions, which
-    are no matrix products.
+    are no matrix products. Other grouped convolutions are one product per group, whose channels count.
 
     Args:
         module: The model.
@@ -170,9 +170,14 @@ def _dimensions(module: nn.Module) -> dict[str, int]:
     if isinstance(module, nn.Linear):
         return {"in_features": module.in_features, "out_features": module.out_features}
     if isinstance(module, nn.modules.conv._ConvNd):
+        if module.groups == 1:
+            return {"in_channels": module.in_channels, "out_channels": module.out_channels}
         if module.groups == module.in_channels:
             return {}
-        return {"in_channels": module.in_channels, "out_channels": module.out_channels}
+        return {
+            "in_channels / groups": module.in_channels // module.groups,
+            "out_channels / groups": module.out_channels // module.groups,
+        }
     if isinstance(module, nn.RNNBase | nn.RNNCellBase):
         return {"input_size": int(module.input_size), "hidden_size": int(module.hidden_size)}
     if isinstance(module, nn.MultiheadAttention):

@@ -95,6 +95,27 @@ def test_fp8_wants_multiples_of_16_and_pinned_modules_none():
     assert [m.padded for m in find_misaligned(model, rows)] == [8]
 
 
+@pytest.mark.parametrize(
+    ("module", "expected"),
+    [
+        (nn.Conv2d(1, 30, 3), [("out_channels", 30, 32)]),  # not depthwise, though groups == in_channels
+        (nn.Conv2d(30, 30, 3, groups=30), []),
+        (nn.Conv2d(30, 60, 3, groups=30), []),
+        (nn.Conv2d(48, 64, 1, groups=4), [("in_channels / groups", 12, 16)]),
+        (
+            nn.ConvTranspose1d(48, 80, 1, groups=4),
+            [("in_channels / groups", 12, 16), ("out_channels / groups", 20, 24)],
+        ),
+        (nn.Conv2d(64, 32, 1, groups=4), []),
+    ],
+    ids=str,
+)
+def test_misaligned_are_the_dimensions_of_each_matrix_product(module, expected):
+    rows = [row("m", type(module).__name__)]
+    found = find_misaligned(nn.ModuleDict({"m": module}), rows)
+    assert [(m.dimension, m.size, m.padded) for m in found] == expected
+
+
 def test_totals_tell_pins_masters_and_fp8_coverage_with_reasons():
     rows = [
         row("a", num=10, param=torch.bfloat16, master="split", fp8=True),
