@@ -66,7 +66,9 @@ class GradientRangeMonitor(Callback):
     Each measured value goes to the loggers once, with the step it was measured at, whatever
     ``log_every_n_steps`` is, and to ``trainer.callback_metrics``: for all parameters as
     ``gradient_range/<field>`` and, where there are several parameter groups, as
-    ``gradient_range/<group>/<field>``:
+    ``gradient_range/<group>/<field>``. With several optimizers, which step at different numbers, there is
+    no total: each has ``gradient_range/optimizer0/all/<field>`` and, where it has several groups,
+    ``gradient_range/optimizer0/<group>/<field>``, counted as in ``trainer.optimizers``. Fields:
 
     - ``flushed_unscaled``, ``flushed``, ``saturated``: shares of nonzero gradients (0 to 1), see
       ``GradientRange``.

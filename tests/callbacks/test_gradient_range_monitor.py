@@ -284,7 +284,10 @@ def test_each_of_two_optimizers_is_written_at_its_own_steps(tmp_path):
     logger = CSVLogger(tmp_path)
     model = TwoOptimizers(FIRST, SECOND)
     model.automatic_optimization = False
-    measure(scaled_plugin(), model=model, logger=logger, every_n_steps=10)
+    _, run = measure(scaled_plugin(), model=model, logger=logger, every_n_steps=10)
+    fields = ("flushed_unscaled", "flushed", "saturated", "suggested_scale")
+    named = {f"gradient_range/optimizer{i}/all/{field}" for i in range(2) for field in fields}
+    assert set(run.callback_metrics) == named
     assert [step for step, _ in written(logger, "gradient_range/optimizer0/all/flushed")] == [0, 10]
     assert [step for step, _ in written(logger, "gradient_range/optimizer1/all/flushed")] == [1, 11]
 
