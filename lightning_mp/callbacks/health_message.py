@@ -7,19 +7,33 @@ from torch import nn
 
 from lightning_mp.metrics.health import (
     COLLAPSE_ATTEMPTS,
+    THRASHING_ATTEMPTS,
     Health,
     ScaleLimits,
     ScaleRecord,
     largest_fall,
+    settled_records,
 )
 
-__all__ = ["describe_health", "find_first_overflow", "module_of"]
+__all__ = ["describe_health", "find_first_overflow", "judged_records", "module_of"]
+
+
+def judged_records(
+    health: Health, records: Sequence[ScaleRecord], *, first_applied: int | None
+) -> Sequence[ScaleRecord]:
+    """Return the attempts that a state is judged by, of which its message speaks."""
+    if health == "collapsing":
+        return settled_records(records, first_applied, COLLAPSE_ATTEMPTS)
+    if health == "thrashing":
+        return settled_records(records, first_applied, THRASHING_ATTEMPTS)
+    return records[-THRASHING_ATTEMPTS:]
 
 
 def find_first_overflow(callbacks: Iterable[Any], *, since: int) -> str | None:
     """Return the name that ``OverflowMonitor`` found for the first overflow at ``since`` or later."""
     for callback in callbacks:
-        if type(callback).__name__ == "OverflowMonitor":
+        # By name, since siblings do not import each other; of subclasses too.
+        if any(cls.__name__ == "OverflowMonitor" for cls in type(callback).__mro__):
             named = (e.fqn for e in callback.events if e.step >= since and not e.calibrating)
             return next(named, None)
     return None
@@ -46,7 +60,7 @@ def describe_health(
 
     Args:
         health: What ``judge_health`` found.
-        records: The last 100 attempts.
+        records: The attempts that it was judged by, as ``judged_records`` gives them.
         limits: Between what the scale moves.
         culprit: Full dotted name of the module or parameter that overflowed first, where known.
         module: The module to pin for it, where there is one.
@@ -54,17 +68,16 @@ def describe_health(
     where = f"first overflow in {culprit}" if culprit else "add OverflowMonitor() to name the module that overflows"
     pin = f"pin it with FP32Pin(modules=[{module!r}])" if module else "pin the module with FP32Pin(modules=[...])"
     if health == "collapsing":
-        recent = records[-COLLAPSE_ATTEMPTS:]
-        fall = largest_fall(recent)
+        fall = largest_fall(records)
         return (
-            f"collapsing: {_overflows(recent)} overflowed and the scale fell from {fall.highest:g} to {fall.lowest:g}; "
-            f"{where}; try BF16, or {pin}"
+            f"collapsing: {_overflows(records)} overflowed and the scale fell from {fall.highest:g} to "
+            f"{fall.lowest:g}; {where}; try BF16, or {pin}"
         )
     if health == "stuck" and records[-1].loss_scale >= limits.max_scale:
         return (
-            f"stuck: the scale is at its cap, max_scale={limits.max_scale:g}, because no step overflows; check that "
-            "the loss is connected to the parameters and that gradients are not zero (GradientRangeMonitor shows "
-            "them), or set a static loss_scale"
+            f"stuck: the scale is at its cap, max_scale={limits.max_scale:g}, where {_overflows(records)} overflowed; "
+            "check that the loss is connected to the parameters and that gradients are not zero (GradientRangeMonitor "
+            "shows them), or set a static loss_scale"
         )
     if health == "stuck":
         return (

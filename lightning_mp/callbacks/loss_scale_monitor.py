@@ -11,7 +11,12 @@ from torch.optim import Optimizer
 
 from lightning_mp.callbacks.added_hooks import add_to_hook, remove_added_hooks, without_added_hooks
 from lightning_mp.callbacks.event_log import EventLog
-from lightning_mp.callbacks.health_message import describe_health, find_first_overflow, module_of
+from lightning_mp.callbacks.health_message import (
+    describe_health,
+    find_first_overflow,
+    judged_records,
+    module_of,
+)
 from lightning_mp.callbacks.interruption import settle_interrupted
 from lightning_mp.callbacks.pictures import save_picture
 from lightning_mp.errors import LightningMPError
@@ -51,7 +56,7 @@ class LossScaleMonitor(Callback):
     Attributes:
         history: Frozen records, one per attempt. A resumed run begins with those of the event log, or
             with the last 100 that the checkpoint holds.
-        message: The latest advice, empty while nothing was wrong.
+        message: The latest advice, empty until something was wrong; fewer than 3 skips are no reason for advice.
 
     Example:
         >>> LossScaleMonitor().health
@@ -121,6 +126,9 @@ class LossScaleMonitor(Callback):
             if self in trainer.callbacks:  # type: ignore[attr-defined]
                 self._add(ScaleRecord(report.step, report.loss_scale, report.found_inf, report.skipped))
 
+        if self._first_applied is None and plugin.applied_steps > 0:
+            # The run was resumed, and this monitor added to it: the scale had found its value before.
+            self._first_applied = trainer.global_step - 1
         plugin.add_step_listener(listen)
         self._plugin, self._listener = plugin, listen
 
@@ -182,7 +190,7 @@ class LossScaleMonitor(Callback):
     def _announce(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say what is wrong when the health turns bad, once per turn."""
         health = self.health
-        recent = self.history[-100:]
+        recent = judged_records(health, self.history, first_applied=self._first_applied)
         if health == "thrashing" and sum(record.skipped for record in recent) < _MIN_SKIPS:
             return
         if health != self._announced and health not in ("healthy", "calibrating"):

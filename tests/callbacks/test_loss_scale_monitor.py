@@ -11,11 +11,12 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import LearningRateFinder, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.plugins.precision import MixedPrecision as LightningMixedPrecision
+from torch import nn
 
 from lightning_mp import LossScaleError, LossScaleMonitor, MixedPrecision, OverflowFoundError, OverflowMonitor
 from lightning_mp.callbacks.health_message import describe_health
 from lightning_mp.grad_scaler import Readback
-from lightning_mp.metrics import ScaleLimits, ScaleRecord
+from lightning_mp.metrics import ScaleLimits, ScaleRecord, judge_health
 from lightning_mp.report.events import read_events
 from tests.models import INF, Fetching, Regression, batches, trainer
 from tests.spawned import EndsItsProcessGroup
@@ -322,7 +323,7 @@ def test_collapse_is_announced_with_numbers_culprit_and_advice(caplog):
     fit(monitor, fp16(), model=model, data=batches(14), callbacks=[OverflowMonitor()])
     assert monitor.health == "collapsing"
     assert monitor.message == (
-        "collapsing: 9 of the last 13 steps overflowed and the scale fell from 1024 to 4; first overflow in "
+        "collapsing: 9 of the last 12 steps overflowed and the scale fell from 1024 to 4; first overflow in "
         "layer.weight; try BF16, or pin it with FP32Pin(modules=['layer'])"
     )
     assert caplog.text.count("LossScaleMonitor: collapsing") == 1
@@ -343,7 +344,7 @@ def test_short_run_that_ends_before_a_log_step_is_judged_at_its_end():
     monitor = LossScaleMonitor()
     run = trainer(MixedPrecision("bf16"), callbacks=[monitor], log_every_n_steps=50)
     run.fit(Regression(factors=BAD), batches())
-    assert monitor.message.startswith("thrashing: 3 of the last 8 steps were skipped for Inf or NaN gradients")
+    assert monitor.message.startswith("thrashing: 3 of the last 7 steps were skipped for Inf or NaN gradients")
 
 
 def test_one_skip_in_few_steps_is_no_reason_for_advice():
@@ -357,6 +358,58 @@ def test_scale_at_its_cap_is_stuck():
     fit(monitor, fp16(max_scale=1024.0), model=Regression())
     assert monitor.health == "stuck"
     assert "max_scale=1024" in monitor.message
+
+
+class Names(OverflowMonitor):
+    """A subclass of the monitor whose events name culprits."""
+
+
+class Pair(Regression):
+    """Overflows once in one layer, and from step 70 on in the other."""
+
+    def __init__(self):
+        super().__init__()
+        self.other = nn.Linear(4, 1)
+
+    def training_step(self, batch, batch_idx):
+        culprit = {10: self.layer}.get(batch_idx, self.other if batch_idx >= 70 else None)
+        x, y = batch
+        out = self.layer(x) * (INF if culprit is self.layer else 1.0)
+        out = out + self.other(x) * (INF if culprit is self.other else 1.0)
+        return nn.functional.mse_loss(out.float(), y)
+
+
+def test_advice_speaks_of_the_fall_and_the_culprit_that_were_judged():
+    # Calibration from 2**20 fell further, and the layer that overflowed at step 10 has nothing to do with the fall.
+    monitor, names = LossScaleMonitor(), Names(on_overflow="log", probe="gradients")
+    fit(monitor, fp16(init_scale=2.0**20), model=Pair(), data=batches(80), callbacks=[names])
+    assert monitor.health == "collapsing"
+    # Said at the ninth overflow in a row, when the scale that it used had fallen by 2**8.
+    before, then = monitor.history[69].loss_scale, monitor.history[78].loss_scale
+    assert before / then == 2.0**8
+    assert f"9 of the last 50 steps overflowed and the scale fell from {before:g} to {then:g};" in monitor.message
+    assert "first overflow in other." in monitor.message
+
+
+def test_calibration_does_not_count_for_what_is_said_of_a_collapse():
+    factors = dict.fromkeys([0, 1, *range(3, 13)], INF)
+    monitor = LossScaleMonitor()
+    fit(monitor, fp16(init_scale=2.0**14), model=Regression(factors=factors), data=batches(13))
+    assert monitor.message.startswith(
+        "collapsing: 9 of the last 9 steps overflowed and the scale fell from 4096 to 16;"
+    )
+
+
+def test_monitor_added_to_a_resumed_run_does_not_take_it_for_calibrating(tmp_path):
+    first = trainer(fp16(), log_every_n_steps=1)
+    first.fit(Regression(), batches(4))
+    first.save_checkpoint(tmp_path / "last.ckpt")
+    monitor = LossScaleMonitor()
+    resumed = trainer(fp16(), callbacks=[monitor], log_every_n_steps=1, max_epochs=2)
+    resumed.fit(Regression(factors={0: INF}), batches(4), ckpt_path=tmp_path / "last.ckpt")
+    assert resumed.precision_plugin.applied_steps == 7
+    assert monitor.history[0].skipped
+    assert judge_health(monitor.history[:1], monitor._limits, first_applied=monitor._first_applied) != "calibrating"
 
 
 @pytest.mark.parametrize(
