@@ -134,6 +134,12 @@ def _logs_of(callbacks: Iterable[Any]) -> list[EventLog]:
     return [value for callback in callbacks for value in vars(callback).values() if isinstance(value, EventLog)]
 
 
+def _names_of_monitors(callbacks: Iterable[Any]) -> list[str]:
+    """Return the class names of the callbacks that record, those of their bases too."""
+    recording = [callback for callback in callbacks if _logs_of([callback])]
+    return sorted({cls.__name__ for callback in recording for cls in type(callback).__mro__})
+
+
 def _describe_start(trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
     rows = read_manifest(trainer, pl_module)
     is_fp8 = is_fp8_run(trainer)
@@ -145,6 +151,7 @@ def _describe_start(trainer: Trainer, pl_module: LightningModule) -> dict[str, A
         "model": type(pl_module).__name__,
         "settings": describe_precision(trainer),
         "versions": versions,
+        "monitors": _names_of_monitors(trainer.callbacks),  # type: ignore[attr-defined]
         "limits": _describe_limits(trainer.precision_plugin),
         "totals": describe_totals(rows, misaligned, is_fp8=is_fp8),
         "groups": [asdict(group) for group in group_manifest(rows, pl_module)],

@@ -11,6 +11,7 @@ from lightning_mp import (
     LossScaleError,
     LossScaleMonitor,
     MixedPrecision,
+    OverflowMonitor,
     PrecisionReport,
 )
 from lightning_mp.callbacks.fp32_pin import FP32Pin
@@ -54,6 +55,21 @@ def test_monitors_that_write_elsewhere_or_nowhere_are_shown_too(tmp_path, monkey
     html = (tmp_path / "page" / "p.html").read_text(encoding="utf-8")
     assert "steps applied of 8" in html
     assert "Exponents of" in html
+
+
+class Watches(OverflowMonitor):
+    """A subclass, which the page knows as its base."""
+
+
+def test_monitor_that_was_on_and_found_nothing_is_not_asked_for(tmp_path):
+    report = PrecisionReport(dirpath=tmp_path)
+    zero = Regression(factors=dict.fromkeys(range(8), 0.0))
+    fit(MixedPrecision("bf16"), report, Watches(), GradientRangeMonitor(1), model=zero)
+    html = report.path.read_text(encoding="utf-8")
+    for name in ("OverflowMonitor", "GradientRangeMonitor"):
+        assert f"<code>{name}</code> was on and found nothing to show." in html
+        assert f"Add <code>{name}()</code>" not in html
+    assert "Add <code>LossScaleMonitor()</code>" in html
 
 
 def test_picture_or_page_that_cannot_be_written_stops_nothing(tmp_path, caplog):
