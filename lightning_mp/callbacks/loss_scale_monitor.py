@@ -193,12 +193,24 @@ class LossScaleMonitor(Callback):
         recent = judged_records(health, self.history, first_applied=self._first_applied)
         if health == "thrashing" and sum(record.skipped for record in recent) < _MIN_SKIPS:
             return
+        if health == "healthy" and self._first_applied is None and not self.message:
+            self._complain_of_no_step()
         if health != self._announced and health not in ("healthy", "calibrating"):
             culprit = find_first_overflow(trainer.callbacks, since=recent[0].step)  # type: ignore[attr-defined]
             module = module_of(culprit, pl_module)
             self.message = describe_health(health, recent, self._limits, culprit=culprit, module=module)
             notice(f"LossScaleMonitor: {self.message}")
         self._announced = health
+
+    def _complain_of_no_step(self) -> None:
+        """Say that nothing was applied, which is no state of a scale that does not move."""
+        skipped = sum(record.skipped for record in self.history)
+        if skipped >= _MIN_SKIPS:
+            self.message = (
+                f"no step was applied: all {skipped} were skipped for Inf or NaN gradients, which no scale explains; "
+                "check the data and the learning rate, or add OverflowMonitor() to name the module"
+            )
+            notice(f"LossScaleMonitor: {self.message}")
 
     # --- End -------------------------------------------------------------------------------------
 

@@ -353,6 +353,15 @@ def test_one_skip_in_few_steps_is_no_reason_for_advice():
     assert (monitor.health, monitor.message) == ("thrashing", "")
 
 
+@pytest.mark.parametrize("plugin", [MixedPrecision("bf16"), MixedPrecision("fp16", loss_scale=8.0)])
+def test_run_in_which_no_step_was_applied_is_said(plugin, caplog):
+    caplog.set_level("INFO")
+    monitor = LossScaleMonitor()
+    fit(monitor, plugin, model=Regression(factors=dict.fromkeys(range(8), INF)))
+    assert monitor.message.startswith("no step was applied: all 3 were skipped for Inf or NaN gradients")
+    assert caplog.text.count("LossScaleMonitor: no step was applied") == 1
+
+
 def test_scale_at_its_cap_is_stuck():
     monitor = LossScaleMonitor()
     fit(monitor, fp16(max_scale=1024.0), model=Regression())
