@@ -23,8 +23,8 @@ __all__ = ["FILENAME", "build_report", "read_logs", "render_page", "write_page"]
 FILENAME = "precision_report.html"
 Events: TypeAlias = list[dict[str, Any]]
 
-# A log that was set aside by a later run is called NAME-v1.jsonl.
-_LOG_NAME = re.compile(r"[a-z0-9_]+\.jsonl")
+# A log that was set aside by a later run is called NAME-v1.jsonl, and users have .jsonl files of their own.
+_LOG_NAME = re.compile(r"(run|loss_scale|overflow|gradient_range|fp8)\.jsonl")
 _MAX_EVENTS = 50
 _MAX_LAYERS = 30
 

@@ -196,6 +196,14 @@ def test_logs_set_aside_by_a_later_run_are_left_out(tmp_path):
     assert "1 steps applied of 4" in Page(build_report(tmp_path).read_text(encoding="utf-8")).text
 
 
+def test_files_of_others_are_no_event_logs(tmp_path):
+    (tmp_path / "samples.jsonl").write_text("not JSON at all\n")
+    with pytest.raises(SettingValueError, match="holds no event logs"):
+        build_report(tmp_path)
+    write_logs(tmp_path, {"loss_scale": SCALES[:4]})
+    assert "1 steps applied of 4" in Page(build_report(tmp_path).read_text(encoding="utf-8")).text
+
+
 def test_directory_without_logs_is_refused_with_where_some_are(tmp_path):
     run = tmp_path / "version_0"
     run.mkdir()
