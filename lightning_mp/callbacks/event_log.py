@@ -1,6 +1,7 @@
 """Where a monitor writes what it saw: an append-only ``.jsonl`` file beside the logger's files."""
 
 import os
+from collections.abc import Iterable
 from io import FileIO
 from pathlib import Path
 from typing import Any, TypeVar
@@ -8,9 +9,9 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 from lightning.pytorch import Trainer
 
-from lightning_mp.report.events import as_record, encode_event, read_events
+from lightning_mp.report.events import LOG_NAMES, as_record, encode_event, read_events
 
-__all__ = ["EventLog", "gather_events", "run_directory"]
+__all__ = ["EventLog", "gather_events", "logs_of", "run_directory"]
 
 _T = TypeVar("_T")
 
@@ -23,8 +24,10 @@ class EventLog:
     Each line reaches the operating system in one write, so that a killed process leaves complete lines
     and at most one torn one, which the next run removes. A run that resumes at step s first removes
     the events with a ``step`` of s or more: it makes those steps again. A run from step zero moves a
-    log that it finds aside, to ``NAME-v1.jsonl``. Without a directory events are kept in memory.
-    Nothing is written under ``fast_dev_run``.
+    log that it finds aside, to ``NAME-v1.jsonl``, and with it the logs of monitors that it does not
+    have, so that a directory tells of one run. The second of two monitors that share name and directory
+    writes ``NAME-copy2.jsonl``. Without a directory events are kept in memory. Nothing is written under
+    ``fast_dev_run``.
 
     Args:
         name: Name of the file without its ending, such as ``"overflow"``.
@@ -52,10 +55,18 @@ class EventLog:
         self.close()
         self._is_writer = trainer.is_global_zero and not trainer.fast_dev_run  # type: ignore[attr-defined]
         directory = run_directory(trainer, self.dirpath) if self._is_writer else None
-        self.path = None if directory is None else directory / f"{self.name}.jsonl"
+        self.path = None if directory is None else self._path_in(directory, trainer)
+        if directory is not None and trainer.global_step == 0:
+            _set_strangers_aside(directory, trainer)
         self._kept = [event for event in self._kept if _is_before(event, trainer.global_step)]
         if self.path is not None and self.path.exists():
             _continue_at(self.path, trainer.global_step)
+
+    def _path_in(self, directory: Path, trainer: Trainer) -> Path:
+        same = [log for log in logs_of(trainer.callbacks) if log.name == self.name]  # type: ignore[attr-defined]
+        here = [log for log in same if run_directory(trainer, log.dirpath) == directory]
+        number = next((index for index, log in enumerate(here) if log is self), 0)
+        return directory / (f"{self.name}-copy{number + 1}.jsonl" if number else f"{self.name}.jsonl")
 
     def append(self, event: Any) -> None:
         """Write one event, a dataclass or a mapping; on other ranks than zero nothing happens."""
@@ -125,6 +136,11 @@ def run_directory(trainer: Trainer, dirpath: str | Path | None = None) -> Path |
     return None
 
 
+def logs_of(callbacks: Iterable[Any]) -> list[EventLog]:
+    """Return the event logs of the monitors, wherever they lie."""
+    return [value for callback in callbacks for value in vars(callback).values() if isinstance(value, EventLog)]
+
+
 def gather_events(events: list[_T]) -> list[_T]:
     """Return the events of all ranks, in the order of the ranks; every rank must call this.
 
@@ -154,6 +170,15 @@ def _continue_at(path: Path, step: int) -> None:
         beside = path.with_suffix(".jsonl.tmp")
         beside.write_bytes(kept)
         beside.replace(path)
+
+
+def _set_strangers_aside(directory: Path, trainer: Trainer) -> None:
+    """Move the logs of an earlier run away that no callback of this one continues; the page would mix them."""
+    logs = logs_of(trainer.callbacks)  # type: ignore[attr-defined]
+    here = {log.name for log in logs if run_directory(trainer, log.dirpath) == directory}
+    for path in (directory / f"{name}.jsonl" for name in LOG_NAMES if name not in here):
+        if path.exists():
+            path.replace(_unused(path))
 
 
 def _unused(path: Path) -> Path:

@@ -12,7 +12,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from lightning_mp.__about__ import __version__
-from lightning_mp.callbacks.event_log import EventLog, run_directory
+from lightning_mp.callbacks.event_log import EventLog, logs_of, run_directory
 from lightning_mp.callbacks.fp32_pin import FP32Pin
 from lightning_mp.callbacks.loss_scale_monitor import LossScaleMonitor
 from lightning_mp.callbacks.run_manifest import describe_precision, is_fp8_run, read_manifest
@@ -116,7 +116,9 @@ class PrecisionReport(Callback):
         self.event_log.append(_describe_end(trainer, seconds, self._memory, error))
         self.event_log.close()
         directory = run_directory(trainer, self.dirpath) or Path(trainer.default_root_dir)
-        logs = {log.name: log.read() for log in (self.event_log, *_logs_of(trainer.callbacks))}  # type: ignore[attr-defined]
+        # Of two monitors of one class the first is shown, as when the page is rebuilt.
+        ours = [log for log in logs_of(trainer.callbacks) if log.name != self.event_log.name]  # type: ignore[attr-defined]
+        logs = {log.name: log.read() for log in (*reversed(ours), self.event_log)}
         try:
             self.path = write_page(logs, directory / self.filename)
         # The training is done, and the logs can be shown later.
@@ -129,14 +131,9 @@ class PrecisionReport(Callback):
         notice(f"PrecisionReport: wrote {self.path}")
 
 
-def _logs_of(callbacks: Iterable[Any]) -> list[EventLog]:
-    """Return the event logs of the monitors, wherever they lie."""
-    return [value for callback in callbacks for value in vars(callback).values() if isinstance(value, EventLog)]
-
-
 def _names_of_monitors(callbacks: Iterable[Any]) -> list[str]:
     """Return the class names of the callbacks that record, those of their bases too."""
-    recording = [callback for callback in callbacks if _logs_of([callback])]
+    recording = [callback for callback in callbacks if logs_of([callback])]
     return sorted({cls.__name__ for callback in recording for cls in type(callback).__mro__})
 
 

@@ -1,7 +1,8 @@
 """Event logs: one JSON object per line, as the monitors write them and the report page reads them.
 
 Numbers that JSON has no word for are written as the strings ``"Infinity"``, ``"-Infinity"`` and
-``"NaN"``, so that any reader of JSON can read a log; ``read_events`` turns them back into floats.
+``"NaN"``, so that any reader of JSON can read a log; ``read_events`` turns them back into floats. A text
+that reads like one of them is written with an apostrophe before it, ``"'NaN"``, which ``read_events`` removes.
 """
 
 import json
@@ -11,8 +12,10 @@ from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any
 
-__all__ = ["as_record", "encode_event", "read_events"]
+__all__ = ["LOG_NAMES", "as_record", "encode_event", "read_events"]
 
+# The logs of this package in the directory of a run; other files there are the user's.
+LOG_NAMES = ("run", "loss_scale", "overflow", "gradient_range", "fp8")
 _ENCODER = json.JSONEncoder(allow_nan=False)
 _NONFINITE = {"Infinity": math.inf, "-Infinity": -math.inf, "NaN": math.nan}
 
@@ -67,6 +70,8 @@ def read_events(path: Path) -> list[dict[str, Any]]:
 def _spell(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    if isinstance(value, str) and value.lstrip("'") in _NONFINITE:
+        return f"'{value}"
     if isinstance(value, Mapping):
         return {key: _spell(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -75,4 +80,13 @@ def _spell(value: Any) -> Any:
 
 
 def _unspell(record: dict[str, Any]) -> dict[str, Any]:
-    return {key: _NONFINITE.get(item, item) if isinstance(item, str) else item for key, item in record.items()}
+    return {key: _read_text(item) for key, item in record.items()}
+
+
+def _read_text(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_read_text(item) for item in value]
+    if not isinstance(value, str):
+        return value
+    is_quoted = value.startswith("'") and value.lstrip("'") in _NONFINITE
+    return value[1:] if is_quoted else _NONFINITE.get(value, value)

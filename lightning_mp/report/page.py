@@ -1,6 +1,6 @@
 """The report page: from event logs to one HTML file that needs nothing else."""
 
-import re
+import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,7 +15,7 @@ from lightning_mp.metrics.health import (
     judge_health,
 )
 from lightning_mp.report.charts import exponent_chart, trajectory_chart
-from lightning_mp.report.events import read_events
+from lightning_mp.report.events import LOG_NAMES, read_events
 from lightning_mp.report.summary import size_text
 
 __all__ = ["FILENAME", "build_report", "read_logs", "render_page", "write_page"]
@@ -23,8 +23,6 @@ __all__ = ["FILENAME", "build_report", "read_logs", "render_page", "write_page"]
 FILENAME = "precision_report.html"
 Events: TypeAlias = list[dict[str, Any]]
 
-# A log that was set aside by a later run is called NAME-v1.jsonl, and users have .jsonl files of their own.
-_LOG_NAME = re.compile(r"(run|loss_scale|overflow|gradient_range|fp8)\.jsonl")
 _MAX_EVENTS = 50
 _MAX_LAYERS = 30
 
@@ -37,12 +35,12 @@ def build_report(run_dir: str | Path, *, filename: str = FILENAME) -> Path:
         filename: Name of the page, which is written there.
 
     Raises:
-        SettingValueError: If ``run_dir`` has no event logs.
+        SettingValueError: If ``run_dir`` has no event logs, or one that somebody else wrote into.
     """
     directory = Path(run_dir)
     logs = read_logs(directory)
     if not logs:
-        deeper = sorted({str(path.parent) for path in directory.glob("**/loss_scale.jsonl")})
+        deeper = sorted({str(path.parent) for name in LOG_NAMES for path in directory.glob(f"**/{name}.jsonl")})
         hint = f" Found some in: {', '.join(deeper[:3])}." if deeper else ""
         raise SettingValueError(
             f"run_dir={str(run_dir)!r} holds no event logs (.jsonl).{hint} Pass the directory of the logger's files, "
@@ -52,11 +50,23 @@ def build_report(run_dir: str | Path, *, filename: str = FILENAME) -> Path:
 
 
 def read_logs(directory: Path) -> dict[str, Events]:
-    """Return the events of each log in a directory by its name."""
-    if not directory.is_dir():
-        return {}
-    paths = sorted(path for path in directory.iterdir() if _LOG_NAME.fullmatch(path.name))
-    return {path.stem: read_events(path) for path in paths}
+    """Return the events of each log in a directory by its name; other files there are the user's.
+
+    Raises:
+        SettingValueError: If a log holds a line that is not JSON.
+    """
+    paths = [path for name in LOG_NAMES if (path := directory / f"{name}.jsonl").is_file()]
+    return {path.stem: _read_log(path) for path in paths}
+
+
+def _read_log(path: Path) -> Events:
+    try:
+        return read_events(path)
+    except json.JSONDecodeError as error:
+        raise SettingValueError(
+            f"run_dir={str(path.parent)!r}: {path.name} holds a line that is not JSON ({error}). Only monitors write "
+            "there: remove that line, or move the file away."
+        ) from error
 
 
 def write_page(logs: Mapping[str, Events], path: Path) -> Path:

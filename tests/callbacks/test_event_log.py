@@ -63,6 +63,13 @@ def test_lines_of_plain_numbers_are_those_of_the_json_library(event):
     assert encode_event(event).decode() == json.dumps(event) + "\n"
 
 
+@pytest.mark.parametrize("text", ["NaN", "Infinity", "-Infinity", "'NaN", "''Infinity", "'", "nan"])
+def test_texts_that_read_like_non_finite_numbers_stay_texts(tmp_path, text):
+    event = {"step": 1, "group": text, "inner": {"fqn": text}, "names": [text], "amax": math.inf}
+    (tmp_path / "e.jsonl").write_bytes(encode_event(event))
+    assert read_events(tmp_path / "e.jsonl") == [event]
+
+
 def test_torn_last_line_is_ignored_by_the_reader(tmp_path):
     (tmp_path / "e.jsonl").write_bytes(b'{"step": 0}\n{"step": 1}\n{"st')
     assert steps(tmp_path / "e.jsonl") == [0, 1]
@@ -138,6 +145,15 @@ def test_new_run_in_the_same_directory_sets_the_old_log_aside(tmp_path):
     assert steps(tmp_path / "steps.jsonl") == [0, 1, 2, 3]
     assert steps(tmp_path / "steps-v1.jsonl") == [0, 1, 2]
     assert steps(tmp_path / "steps-v2.jsonl") == [0, 1]
+
+
+def test_second_of_two_monitors_in_one_directory_writes_a_log_of_its_own(tmp_path):
+    first, second, elsewhere = Steps(tmp_path), Steps(tmp_path), Steps(tmp_path / "deeper")
+    for _ in range(2):
+        run = trainer(callbacks=[first, second, elsewhere])
+        run.fit(Regression(), batches(), ckpt_path=None)
+    for path in ("steps", "steps-v1", "steps-copy2", "steps-copy2-v1", "deeper/steps", "deeper/steps-v1"):
+        assert steps(tmp_path / f"{path}.jsonl") == list(range(8))
 
 
 def test_second_fit_of_one_trainer_continues_the_log(tmp_path):

@@ -140,6 +140,36 @@ def test_resume_replaces_the_end_and_counts_the_start(tmp_path):
     assert "resumed 1 times" in (tmp_path / "precision_report.html").read_text(encoding="utf-8")
 
 
+def test_rebuilt_page_holds_nothing_of_an_earlier_run_with_more_monitors(tmp_path):
+    fit(MixedPrecision("bf16"), PrecisionReport(tmp_path), LossScaleMonitor(dirpath=tmp_path))
+    report = PrecisionReport(tmp_path)
+    fit(MixedPrecision("bf16"), report, model=Regression())
+    html = report.path.read_text(encoding="utf-8")
+    assert build_report(tmp_path).read_text(encoding="utf-8") == html
+    assert len(read_events(tmp_path / "loss_scale-v1.jsonl")) == 8
+    # A run without a report leaves none of the old settings beside its logs either.
+    fit(MixedPrecision("bf16"), LossScaleMonitor(dirpath=tmp_path))
+    assert not (tmp_path / "run.jsonl").exists()
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+def test_resumed_run_with_fewer_monitors_keeps_their_logs(tmp_path):
+    run = fit(MixedPrecision("bf16"), PrecisionReport(tmp_path), LossScaleMonitor(dirpath=tmp_path))
+    run.save_checkpoint(tmp_path / "run.ckpt")
+    resumed = trainer(MixedPrecision("bf16"), callbacks=[PrecisionReport(tmp_path)], max_epochs=2)
+    resumed.fit(Regression(), batches(), ckpt_path=tmp_path / "run.ckpt")
+    assert len(read_events(tmp_path / "loss_scale.jsonl")) == 8
+
+
+def test_two_monitors_of_one_class_are_counted_once(tmp_path):
+    reports = PrecisionReport(tmp_path), PrecisionReport(tmp_path, "b.html")
+    fit(MixedPrecision("bf16"), *reports, *(GradientRangeMonitor(n, dirpath=tmp_path) for n in (1, 2)))
+    for path in ("precision_report.html", "b.html"):
+        assert "of 8 measured steps" in (tmp_path / path).read_text(encoding="utf-8")
+    assert "of 8 measured steps" in build_report(tmp_path).read_text(encoding="utf-8")
+    assert [event["event"] for event in read_events(tmp_path / "run.jsonl")] == ["start", "end"]
+
+
 def test_fast_dev_run_writes_nothing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     fit(MixedPrecision("bf16"), PrecisionReport(tmp_path), fast_dev_run=True)

@@ -196,12 +196,19 @@ def test_logs_set_aside_by_a_later_run_are_left_out(tmp_path):
     assert "1 steps applied of 4" in Page(build_report(tmp_path).read_text(encoding="utf-8")).text
 
 
-def test_files_of_others_are_no_event_logs(tmp_path):
-    (tmp_path / "samples.jsonl").write_text("not JSON at all\n")
+def test_files_of_the_user_beside_the_logs_are_left_alone(tmp_path):
+    (tmp_path / "train.jsonl").write_text('{"text": "hi"}\n# a comment\n')
     with pytest.raises(SettingValueError, match="holds no event logs"):
         build_report(tmp_path)
-    write_logs(tmp_path, {"loss_scale": SCALES[:4]})
-    assert "1 steps applied of 4" in Page(build_report(tmp_path).read_text(encoding="utf-8")).text
+    write_logs(tmp_path)
+    assert build_report(tmp_path).read_text(encoding="utf-8") == render_page(FULL)
+
+
+def test_log_that_somebody_else_wrote_into_is_refused_by_name(tmp_path):
+    write_logs(tmp_path)
+    (tmp_path / "overflow.jsonl").write_text("# a comment\n")
+    with pytest.raises(SettingValueError, match=r"overflow\.jsonl holds a line that is not JSON"):
+        build_report(tmp_path)
 
 
 def test_directory_without_logs_is_refused_with_where_some_are(tmp_path):
