@@ -35,6 +35,7 @@ from lightning_mp.fp8.quantize import (
 )
 from lightning_mp.fp8.recipes import BlockScaling, CurrentScaling, DelayedScaling, Operand, operand_dtype
 from lightning_mp.fp8.statistics import measure_cast, worse_of
+from lightning_mp.fp8.weight_values import is_same, weight_values
 
 __all__ = ["EmulatedBackend", "product"]
 
@@ -129,7 +130,7 @@ class EmulatedBackend(LayerBackend):
             return self.quantize(self._values_of(weight), "weight", is_recorded=is_recorded)
         # What evaluation casts in inference mode must serve a later training step too.
         with torch.inference_mode(False), torch.no_grad():
-            if self._cached is None or not _is_same(self._cached.source, weight):
+            if self._cached is None or not is_same(self._cached.source, weight):
                 self._count_cast()
                 quantized = self.quantize(self._values_of(weight), "weight", is_recorded=is_recorded)
                 self._cached = _CachedWeight(weight.detach().clone(), quantized, is_recorded, self._is_measured())
@@ -142,9 +143,10 @@ class EmulatedBackend(LayerBackend):
         return self._cached.quantized
 
     def _values_of(self, weight: Tensor) -> Tensor:
+        if torch.compiler.is_compiling():
+            return weight if self.weight_key is None else weight_values(weight, self.weight_key)
         source = self.settings.step.weight_source
-        is_asked = source is not None and isinstance(weight, nn.Parameter) and not torch.compiler.is_compiling()
-        return source(weight) if source is not None and is_asked else weight  # type: ignore[arg-type]
+        return source(weight) if source is not None and isinstance(weight, nn.Parameter) else weight
 
     def _count_cast(self) -> None:
         if not torch.compiler.is_compiling():
@@ -159,13 +161,6 @@ class EmulatedBackend(LayerBackend):
         # Masters change below what the weight's own bits show, and delayed scales change by themselves.
         if (self.delayed is not None and has_amax) or self.settings.step.weight_source is not None:
             self._cached = None
-
-
-def _is_same(cached: Tensor, weight: Tensor) -> bool:
-    if cached.shape != weight.shape or cached.dtype != weight.dtype or cached.device != weight.device:
-        return False
-    bits = torch.int32 if weight.dtype is torch.float32 else torch.int16
-    return torch.equal(cached.contiguous().view(bits), weight.detach().contiguous().view(bits))
 
 
 def _quantize_blockwise(

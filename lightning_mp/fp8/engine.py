@@ -26,6 +26,7 @@ from lightning_mp.fp8.recipes import (
     parse_recipe,
 )
 from lightning_mp.fp8.statistics import OperandStatistics
+from lightning_mp.fp8.weight_values import new_key
 
 __all__ = ["FP8Engine"]
 
@@ -139,17 +140,13 @@ class FP8Engine:
         """Cast the values that ``source`` returns for a weight, such as its FP32 master, instead of its own.
 
         Only the emulated backend does; Transformer Engine casts the parameter that it is given.
-
-        Raises:
-            UnsupportedError: If a part of the model is compiled, now or, when it is traced, later.
         """
-        self._step.weight_source = source
-        model = None if self._model is None else self._model()
-        if source is None or model is None or not self.is_emulated:
-            return
-        _refuse_compiled(model, _masters_text)
-        for fqn, layer in self._converted():
-            layer._fp8.refuse_tracing = layer._fp8.refuse_tracing or _raise_when_traced(_masters_text(fqn))
+        is_used = source is not None and self.is_emulated
+        # Where a graph breaks the compiler would trace the source itself, which meets FP32 gradients of 16-bit
+        # parameters there; torch 2.13 cannot trace these.
+        self._step.weight_source = torch.compiler.disable(source) if source is not None else None  # type: ignore[no-untyped-call]
+        for _, layer in self._converted():
+            layer._fp8.weight_key = new_key(layer) if is_used else None
 
     def revert_(self) -> None:
         """Give all layers their class back. What must survive, such as amax history, is kept for the same model."""
@@ -161,7 +158,7 @@ class FP8Engine:
             layer.__class__ = without_fp8(type(layer))  # type: ignore[assignment]
             layer.__dict__.pop("_fp8", None)
         self._layers = {}
-        self._step.collects = False
+        self._step.collects, self._step.weight_source = False, None
         if self._session is not None:
             self._session.close()
             self._session = None
@@ -416,14 +413,6 @@ def _delayed_text(name: str) -> str:
     return (
         f"recipe='delayed' cannot run under torch.compile ({name} is compiled): its history changes at every step. "
         "Use recipe='current', or do not compile."
-    )
-
-
-def _masters_text(name: str) -> str:
-    return (
-        f"backend='emulated' beside masters of 16-bit weights cannot run under torch.compile ({name} is compiled): FP8 "
-        "weights are cast from the masters, which compiled code does not see. Use master_weights='params', or do not "
-        "compile."
     )
 
 

@@ -54,6 +54,7 @@ class LayerBackend:
         demoted: Why the layer was moved back to 16 bits; empty while it runs in FP8.
         measured: What ``statistics.measure_cast`` returned for each operand while casts are measured.
         weight_casts: How often the weight was cast to FP8, compiled calls not counted.
+        weight_key: What compiled code asks ``weight_values`` with; ``None`` where a weight has no other values.
         refuse_tracing: Raises the error of a recipe that cannot be compiled; ``None`` for one that can.
     """
 
@@ -62,6 +63,7 @@ class LayerBackend:
         self.demoted = ""
         self.measured: dict[Operand, Tensor] = {}
         self.weight_casts = 0
+        self.weight_key: Tensor | None = None
         self.refuse_tracing: Callable[[], None] | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
