@@ -19,6 +19,7 @@ ALIGNMENT = 16
 CONVERTED = "FP8"
 PINNED = "pinned to FP32"
 _ATTENTION = "nn.MultiheadAttention multiplies by its in_proj_weight itself"
+_OTHERS = (nn.RNNBase, nn.RNNCellBase, nn.Bilinear)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 _Module = TypeVar("_Module", bound=nn.Module)
@@ -26,7 +27,7 @@ _Module = TypeVar("_Module", bound=nn.Module)
 
 @dataclass(frozen=True)
 class LayerRow:
-    """One Linear layer of a model, or the input projection of an ``nn.MultiheadAttention``.
+    """One Linear layer of a model, or what else multiplies by weights of its own, convolutions aside.
 
     Args:
         fqn: Full dotted name, the first one of a shared layer.
@@ -35,6 +36,7 @@ class LayerRow:
         in_features: Width of its input; 0 where it is not known yet.
         out_features: Width of its output.
         is_linear: Whether it is a Linear layer.
+        flops: Multiplications per row of input; ``None``: ``in_features`` by ``out_features``.
     """
 
     fqn: str
@@ -43,6 +45,12 @@ class LayerRow:
     in_features: int
     out_features: int
     is_linear: bool = True
+    flops: int | None = None
+
+    @property
+    def num_multiplications(self) -> int:
+        """Multiplications per row of input, which for a recurrent layer is one step in time."""
+        return self.in_features * self.out_features if self.flops is None else self.flops
 
 
 @dataclass(frozen=True)
@@ -52,26 +60,31 @@ class Coverage:
     Args:
         num_converted: Linear layers in FP8.
         num_layers: Linear layers in all.
-        flops_share: Share of the multiplications of all Linear layers and of the input projections of
-            ``nn.MultiheadAttention``, per row of input, in [0, 1].
+        flops_share: Share of the multiplications of all Linear, bilinear and recurrent layers and of the input
+            projections of ``nn.MultiheadAttention``, per row of input, in [0, 1].
+        has_convolutions: Whether there are convolutions, whose multiplications depend on the size of the input
+            and are not counted.
     """
 
     num_converted: int
     num_layers: int
     flops_share: float
+    has_convolutions: bool = False
 
     @classmethod
-    def of(cls, rows: Iterable[LayerRow]) -> "Coverage":
+    def of(cls, rows: Iterable[LayerRow], *, has_convolutions: bool = False) -> "Coverage":
         """Count over rows."""
         rows = list(rows)
         num_layers = sum(row.is_linear for row in rows)
         converted = [row for row in rows if row.converted]
-        total = sum(row.in_features * row.out_features for row in rows)
-        share = sum(row.in_features * row.out_features for row in converted) / total if total else 0.0
-        return cls(len(converted), num_layers, share)
+        total = sum(row.num_multiplications for row in rows)
+        share = sum(row.num_multiplications for row in converted) / total if total else 0.0
+        return cls(len(converted), num_layers, share, has_convolutions)
 
     def __str__(self) -> str:
-        return f"{self.num_converted} of {self.num_layers} Linear layers, {self.flops_share:.1%} of GEMM FLOPs, in FP8"
+        aside = " without convolutions" if self.has_convolutions else ""
+        layers, flops = f"{self.num_converted} of {self.num_layers} Linear layers", f"{self.flops_share:.1%}"
+        return f"{layers}, {flops} of GEMM FLOPs{aside}, in FP8"
 
 
 def brings_transformer_engine(model: nn.Module) -> bool:
@@ -91,7 +104,8 @@ def plan_layers(
 
     Returns:
         A row and the layer for each ``nn.Linear``, in registration order, each object once; then a row and
-        the module for each ``nn.MultiheadAttention``, which multiplies by a weight of its own.
+        the module for each other one that multiplies by weights of its own: ``nn.MultiheadAttention``,
+        recurrent and bilinear layers.
 
     Raises:
         UnmatchedPatternError: If an item of ``include`` or ``exclude`` selects nothing.
@@ -118,12 +132,26 @@ def plan_layers(
     for fqn, attention in _first_names(model, nn.MultiheadAttention).items():
         width = attention.embed_dim
         # Query, key and value: three products of width by their own.
-        row = LayerRow(fqn, False, _ATTENTION, width, width + attention.kdim + attention.vdim, is_linear=False)
+        reason = PINNED if attention in kept else _ATTENTION
+        row = LayerRow(fqn, False, reason, width, width + attention.kdim + attention.vdim, is_linear=False)
         planned.append((row, attention))
+    for fqn, module in _first_names(model, _OTHERS).items():
+        reason = PINNED if module in kept else f"{type(module).__name__}: only Linear layers run in FP8"
+        planned.append((LayerRow(fqn, False, reason, 0, 0, is_linear=False, flops=_num_weights(module)), module))
     return planned
 
 
-def _first_names(model: nn.Module, kind: type[_Module]) -> dict[str, _Module]:
+def _num_weights(module: nn.Module) -> int:
+    """Return the elements of the weight matrices, each of which multiplies one element per row of input."""
+    if isinstance(module, nn.RNNBase):
+        weights = [weight for layer in module.all_weights for weight in layer]
+    else:
+        # By name: parametrizations keep the parameters elsewhere.
+        weights = [getattr(module, name, None) for name in ("weight", "weight_ih", "weight_hh")]
+    return sum(weight.numel() for weight in weights if weight is not None and weight.dim() > 1)
+
+
+def _first_names(model: nn.Module, kind: type[_Module] | tuple[type[_Module], ...]) -> dict[str, _Module]:
     first_names: dict[_Module, str] = {}
     for fqn, module in named_inner_modules(model).items():
         if isinstance(module, kind):

@@ -54,6 +54,7 @@ class FP8Engine:
         if self.is_emulated:
             self.recipe = _require_emulated(self.recipe)
         self.rows: tuple[LayerRow, ...] = ()
+        self._has_convolutions = False
         self._step = StepFlags()
         self._settings = LayerSettings(compute_dtype, config.fp8_in_eval, config.cache_weights, self._step)
         self._layers: dict[str, nn.Linear] = {}
@@ -102,6 +103,7 @@ class FP8Engine:
         planned = plan_layers(module, self.config, keep=keep)
         self.rows = tuple(row for row, _ in planned)
         self._of_rows = [weakref.ref(of_row) for _, of_row in planned]
+        self._has_convolutions = any(isinstance(inner, nn.modules.conv._ConvNd) for inner in module.modules())
         if not any(row.converted for row in self.rows) and (self.is_emulated or not brings_transformer_engine(module)):
             raise UnsupportedError(_nothing_text(module, self.rows))
         for row, layer in planned:
@@ -184,7 +186,7 @@ class FP8Engine:
     @property
     def coverage(self) -> Coverage:
         """How much of the model runs in FP8 now, demoted layers not counted."""
-        return Coverage.of(self.rows)
+        return Coverage.of(self.rows, has_convolutions=self._has_convolutions)
 
     @property
     def weight_casts(self) -> dict[str, int]:

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from lightning_mp.errors import UnmatchedPatternError
-from lightning_mp.fp8 import Coverage, FP8Config, LayerRow
+from lightning_mp.fp8 import Coverage, FP8Config, FP8Engine, LayerRow
 from lightning_mp.fp8.coverage import brings_transformer_engine, plan_layers
 
 OWN_WAYS = "which is a subclass of nn.Linear with ways of its own"
@@ -117,6 +117,46 @@ def test_flops_count_the_input_projection_of_attention_and_layers_do_not(kdim, v
     # Multiplications per row of input: query, key, value and output of attention, and the two layers in FP8.
     attention = 32 * 32 + 32 * (kdim or 32) + 32 * (vdim or 32) + 32 * 32
     assert Coverage.of(rows) == Coverage(2, 3, 2 * 32 * 64 / (2 * 32 * 64 + attention))
+
+
+def test_flops_count_recurrent_and_bilinear_layers() -> None:
+    model = nn.ModuleDict(
+        {
+            "linear": nn.Linear(32, 32),
+            "lstm": nn.LSTM(32, 512, proj_size=32),
+            "gru": nn.GRU(16, 24, num_layers=2, bidirectional=True),
+            "cell": nn.LSTMCell(8, 12),
+            "bilinear": nn.Bilinear(5, 6, 7),
+        }
+    )
+    planned = [row for row, _ in plan_layers(model, FP8Config(skip_output_head=False))]
+    # By the formulas of torch's documentation, per step in time: gates of hidden by (input + hidden), in each
+    # direction; the second layer reads both directions of the first.
+    flops = {
+        "linear": 32 * 32,
+        "lstm": 4 * 512 * (32 + 32) + 32 * 512,
+        "gru": 2 * 3 * 24 * (16 + 24) + 2 * 3 * 24 * (48 + 24),
+        "cell": 4 * 12 * (8 + 12),
+        "bilinear": 5 * 6 * 7,
+    }
+    assert {row.fqn: row.num_multiplications for row in planned} == flops
+    assert Coverage.of(planned) == Coverage(1, 1, 32 * 32 / sum(flops.values()))
+    assert reasons(model)["lstm"] == "LSTM: only Linear layers run in FP8"
+    assert reasons(model, keep=[model["lstm"]])["lstm"] == "pinned to FP32"
+
+
+def test_weight_of_a_recurrent_layer_counts_where_it_is_parametrized() -> None:
+    model = nn.ModuleList([nn.Linear(16, 16), nn.utils.parametrizations.weight_norm(nn.GRU(16, 16), "weight_hh_l0")])
+    rows = [row for row, _ in plan_layers(model, FP8Config(skip_output_head=False))]
+    assert rows[1].num_multiplications == 3 * 16 * (16 + 16)
+
+
+def test_text_says_that_convolutions_are_not_counted() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.Flatten(), nn.Linear(16, 16))
+    engine = FP8Engine(FP8Config(backend="emulated", skip_output_head=False))
+    engine.convert_(model)
+    assert str(engine.coverage) == "1 of 1 Linear layers, 100.0% of GEMM FLOPs without convolutions, in FP8"
+    engine.revert_()
 
 
 def test_coverage_counts_layers_and_multiplications() -> None:
