@@ -144,11 +144,10 @@ def plan_layers(
 def _num_weights(module: nn.Module) -> int:
     """Return the elements of the weight matrices, each of which multiplies one element per row of input."""
     if isinstance(module, nn.RNNBase):
-        weights = [weight for layer in module.all_weights for weight in layer]
-    else:
-        # By name: parametrizations keep the parameters elsewhere.
-        weights = [getattr(module, name, None) for name in ("weight", "weight_ih", "weight_hh")]
-    return sum(weight.numel() for weight in weights if weight is not None and weight.dim() > 1)
+        return sum(weight.numel() for layer in module.all_weights for weight in layer if weight.dim() > 1)
+    # By name: parametrizations keep the parameters elsewhere.
+    names = [name for name in ("weight", "weight_ih", "weight_hh") if hasattr(module, name)]
+    return sum(getattr(module, name).numel() for name in names)
 
 
 def _first_names(model: nn.Module, kind: type[_Module] | tuple[type[_Module], ...]) -> dict[str, _Module]:

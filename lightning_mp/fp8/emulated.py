@@ -177,13 +177,13 @@ def product(
     first: Quantized, second: Quantized, *, transpose_first: bool = False, transpose_second: bool = False
 ) -> Tensor:
     """Return the matrix product of two quantized matrices, accumulated in FP32."""
-    (a, a_factor), (b, b_factor) = first.factored(), second.factored()
+    (a, a_factor), (b, b_factor) = first.factored(0 if transpose_first else 1), second.factored(int(transpose_second))
     result = (a.t() if transpose_first else a) @ (b.t() if transpose_second else b)
-    if a_factor is not None and b_factor is not None:
+    if a_factor.dim() == 0 and b_factor.dim() == 0:
         # cuBLASLt: D = alpha * scaleA * scaleB * (A @ B). One after the other a large amax would overflow FP32.
         return result * (a_factor * b_factor)
-    factor = b_factor if a_factor is None else a_factor
-    return result if factor is None else result * factor
+    # Both at least 1: one after the other overflows only where the result does.
+    return result * a_factor.unsqueeze(-1) * b_factor
 
 
 def _spoilers(x: Tensor) -> list[Tensor]:

@@ -28,6 +28,9 @@ BLOCK_SIZE = 128
 
 # Of an FP32 number: all but the 23 bits of the mantissa.
 _SIGN_AND_EXPONENT = -(2**FP32.mantissa_bits)
+# Two operands of E5M2 at its maximum, 2**16, times this and less than twice it, are 2**114: 2**14 of them still have
+# a sum in FP32. Smaller scales are left as they are, so that no product of small numbers is lost.
+_LARGEST_SCALE_INV = 2.0**40
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,20 +52,34 @@ class Quantized:
 
     def dequantize(self) -> Tensor:
         """Return the FP32 values that the FP8 values stand for."""
-        operand, factor = self.factored()
-        return operand if factor is None else operand * factor
+        return self.data.float() * self._spread(self.scale_inv)
 
-    def factored(self) -> tuple[Tensor, Tensor | None]:
+    def factored(self, summed: int) -> tuple[Tensor, Tensor]:
         """Return an FP32 matrix and a factor on it.
 
         One scale per tensor is left to the product, as cuBLAS does: FP8 values are then exact in any
-        mode of the FP32 product, TF32 included.
+        mode of the FP32 product, TF32 included. Of scales per block only powers of two are, and only what
+        could take a sum beyond FP32 that has a place there once it is complete.
+
+        Args:
+            summed: The dimension that the product sums over.
+
+        Returns:
+            The matrix, and the factor: 0-dim, or one element per row if ``summed`` is 1, per column if it is 0.
         """
-        values = self.data.float()
         if self.block is None:
-            return values, self.scale_inv
+            return self.data.float(), self.scale_inv
+        if self.scale_inv.shape[summed] == 0:
+            return self.data.float(), self.scale_inv.new_ones(())
+        largest = self.scale_inv.amax(summed, keepdim=True)
+        factor = (_power_of_two_below(largest) / _LARGEST_SCALE_INV).clamp(min=1.0)
+        matrix = self.data.float() * self._spread(self.scale_inv / factor)
+        kept = 1 - summed
+        return matrix, factor.flatten().repeat_interleave(self.block[kept])[: self.data.shape[kept]]
+
+    def _spread(self, of_blocks: Tensor) -> Tensor:
         rows, columns = self.data.shape
-        return values * spread_blocks(self.scale_inv, self.block, (rows, columns)), None
+        return of_blocks if self.block is None else spread_blocks(of_blocks, self.block, (rows, columns))
 
 
 def spread_blocks(of_blocks: Tensor, block: tuple[int, int], shape: tuple[int, int]) -> Tensor:
@@ -111,8 +128,14 @@ def scale_from_amax(
     scale = torch.full_like(amax, torch.finfo(dtype).max) / amax
     scale = torch.where(torch.isinf(scale), value_for_inf, scale)
     if settings.power_2_scale:
-        scale = (scale.view(torch.int32) & _SIGN_AND_EXPONENT).view(torch.float32)
+        scale = _power_of_two_below(scale)
     return torch.where((amax > 0) & torch.isfinite(amax), scale, 1.0)
+
+
+def _power_of_two_below(x: Tensor) -> Tensor:
+    """Return the largest power of two that is not above a normal positive FP32 number."""
+    bits: Tensor = x.view(torch.int32) & _SIGN_AND_EXPONENT
+    return bits.view(torch.float32)
 
 
 def cast_scaled(scaled: Tensor, dtype: torch.dtype) -> Tensor:

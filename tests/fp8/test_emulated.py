@@ -160,6 +160,41 @@ def test_products_of_extreme_operands_keep_their_range(recipe, amax) -> None:
     torch.testing.assert_close(y.double(), expected.expand(4, -1), rtol=2.0**-4 + 2.0**-7, atol=atol)
 
 
+BLOCKS = [
+    "block",
+    {"name": "block", "use_f32_scales": True},
+    {"name": "block", "x_block_scaling_dim": 2, "w_block_scaling_dim": 1},
+    {"name": "block", "grad_block_scaling_dim": 2, "w_block_scaling_dim": 1},
+]
+
+
+@pytest.mark.parametrize("recipe", ["current", *BLOCKS], ids=str)
+def test_products_are_finite_where_only_their_partial_sums_leave_fp32(recipe) -> None:
+    # Sums over 192 numbers of which half are 5e37 and half the same with the other sign. Zero, but for the rounding of
+    # scales that are no powers of two: at most 192 times half an ulp of the sum of magnitudes.
+    expected, atol = torch.zeros(192, 192), 192 * 2.0**-24 * 192 * 5e37
+    layer = fp8_layer(recipe, size=(192, 192), bias=False)
+    signs = torch.cat([torch.ones(96), -torch.ones(96)])
+    with torch.no_grad():
+        layer.weight.copy_(signs * signs[:, None] / 2)
+    x = torch.full((192, 192), 1e38, requires_grad=True)
+    y = run(layer, x, torch.full((192, 192), 1e38, dtype=torch.bfloat16))
+    torch.testing.assert_close(y.float(), expected, atol=atol, rtol=0)
+    torch.testing.assert_close(x.grad, expected, atol=atol, rtol=0)
+    # wgrad sums over rows, whose signs are those of the gradient here.
+    layer.weight.grad = None
+    run(layer, torch.full((192, 192), 0.5), (1e38 * signs[:, None].expand(-1, 192)).bfloat16())
+    torch.testing.assert_close(layer.weight.grad, expected, atol=atol, rtol=0)
+
+
+@pytest.mark.parametrize("recipe", ["current", *BLOCKS], ids=str)
+def test_result_beyond_fp32_is_infinite(recipe) -> None:
+    layer = fp8_layer(recipe, size=(192, 192), bias=False)
+    with torch.no_grad():
+        layer.weight.fill_(1.0)
+    assert (run(layer, torch.full((4, 192), 1e38)) == torch.inf).all()
+
+
 def test_non_contiguous_input_gives_the_contiguous_result() -> None:
     layer = fp8_layer("block")
     x = torch.randn(32, 20).t()

@@ -183,6 +183,24 @@ def test_rows_of_zeros_change_nothing_else() -> None:
 
 def test_factor_of_a_tensor_is_left_to_the_product() -> None:
     quantized = Quantized(torch.tensor([[448.0]]).to(E4M3FN), torch.tensor(3.0))
-    operand, factor = quantized.factored()
+    operand, factor = quantized.factored(1)
     assert operand.item() == 448.0
     assert factor.item() == 3.0
+
+
+@pytest.mark.parametrize("block", [(1, 128), (128, 1), (128, 128)])
+@pytest.mark.parametrize("settings", [PLAIN, POWER_2])
+@pytest.mark.parametrize("summed", [0, 1])
+def test_matrix_times_factor_is_what_the_blocks_stand_for(block, settings, summed) -> None:
+    # Up to 2**50 the factor is 1; a scale beyond leaves the power of two that is too much to the product.
+    magnitudes = torch.exp2(torch.arange(-40.0, 127.0, 0.5))[:, None].expand(-1, 200)
+    x = magnitudes if summed == 1 else magnitudes.t()
+    quantized = quantize_blocks(x, block, E4M3FN, settings)
+    matrix, factor = quantized.factored(summed)
+    spread = factor[:, None] if summed == 1 else factor[None, :]
+    assert torch.equal(matrix.double() * spread.double(), quantized.dequantize().double())
+    assert torch.equal(factor.log2(), factor.log2().round())
+    assert (factor >= 1).all()
+    assert factor.max() > 1
+    # 448 times a scale that is at most twice 2**40.
+    assert matrix.max() < 2.0**50
