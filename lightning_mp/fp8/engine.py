@@ -126,12 +126,20 @@ class FP8Engine:
             return
         names = {id(child): fqn for fqn, child in model.named_modules()}
         now = [names.get(id(of_row())) for of_row in self._of_rows]
-        if now == [row.fqn for row in self.rows]:
+        is_same = now == [row.fqn for row in self.rows]
+        if is_same and all(names.get(id(layer)) == fqn for fqn, layer in self._layers.items()):
             return
         kept = [(row, of_row, name) for row, of_row, name in zip(self.rows, self._of_rows, now, strict=True) if name]
         self.rows = tuple(replace(row, fqn=name) for row, _, name in kept)
         self._of_rows = [of_row for _, of_row, _ in kept]
-        self._layers = {names.get(id(layer), fqn): layer for fqn, layer in self._layers.items()}
+        layers = {names[id(layer)]: layer for layer in self._layers.values() if id(layer) in names}
+        for fqn, layer in self._layers.items():
+            if id(layer) not in names:
+                # Taken out of the model, perhaps still called from elsewhere, and another may have its name now.
+                while fqn in layers or fqn in names.values():
+                    fqn += " (removed)"
+                layers[fqn] = layer
+        self._layers = layers
 
     @property
     def is_converted(self) -> bool:
@@ -296,6 +304,7 @@ class FP8Engine:
 
         Reading waits for the device.
         """
+        self.follow_names_()
         found = []
         for fqn, layer in self._converted():
             for operand in OPERANDS:

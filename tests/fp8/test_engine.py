@@ -93,6 +93,26 @@ def test_conversion_keeps_everything_but_the_class() -> None:
     assert fired == [1]
 
 
+def test_layer_whose_name_goes_to_another_stays_in_hand() -> None:
+    model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 16))
+    engine = converted(model, "delayed", skip_output_head=False)
+    first, second, third = model
+    del model[1]
+    model.insert(0, nn.Linear(16, 16))  # new, first, third: the first one has the name of the second
+    engine.collect_statistics()
+    with torch.autocast("cpu", torch.bfloat16):
+        model(torch.ones(16, 16)).sum().backward()
+    assert {each.fqn for each in engine.statistics()} == {"1", "2"}
+    engine.on_optimizer_step()
+    histories = [layer._fp8.delayed.amax_history for layer in (first, second, third)]
+    assert [bool(history[:, 0].any()) for history in histories] == [True, False, True]
+    assert set(engine.state_dict()["delayed"]) == {"1", "2", "1 (removed)"}
+    model.append(second)
+    assert set(engine.state_dict()["delayed"]) == {"1", "2", "3"}
+    engine.revert_()
+    assert {type(layer) for layer in (first, second, third)} == {nn.Linear}
+
+
 def test_reverting_leaves_no_trace() -> None:
     model = Model()
     before = {name: (type(m), set(m.__dict__)) for name, m in model.named_modules()}
