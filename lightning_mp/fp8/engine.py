@@ -27,6 +27,7 @@ from lightning_mp.fp8.recipes import (
 )
 from lightning_mp.fp8.statistics import OperandStatistics
 from lightning_mp.fp8.weight_values import new_key
+from lightning_mp.selection import named_inner_modules
 
 __all__ = ["FP8Engine"]
 
@@ -124,12 +125,15 @@ class FP8Engine:
         model = None if self._model is None else self._model()
         if model is None or len(self._of_rows) != len(self.rows):
             return
-        names = {id(child): fqn for fqn, child in model.named_modules()}
+        names: dict[int, str] = {}
+        for fqn, child in named_inner_modules(model).items():
+            names.setdefault(id(child), fqn)
         now = [names.get(id(of_row())) for of_row in self._of_rows]
         is_same = now == [row.fqn for row in self.rows]
         if is_same and all(names.get(id(layer)) == fqn for fqn, layer in self._layers.items()):
             return
-        kept = [(row, of_row, name) for row, of_row, name in zip(self.rows, self._of_rows, now, strict=True) if name]
+        found = zip(self.rows, self._of_rows, now, strict=True)
+        kept = [(row, of_row, name) for row, of_row, name in found if name is not None]
         self.rows = tuple(replace(row, fqn=name) for row, _, name in kept)
         self._of_rows = [of_row for _, of_row, _ in kept]
         layers = {names[id(layer)]: layer for layer in self._layers.values() if id(layer) in names}

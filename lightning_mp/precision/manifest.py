@@ -8,6 +8,7 @@ from torch import nn
 
 from lightning_mp.fp8 import FP8Linear
 from lightning_mp.policy import PrecisionPolicy
+from lightning_mp.selection import named_inner_modules
 
 __all__ = ["ManifestRow", "build_manifest"]
 
@@ -61,13 +62,16 @@ def build_manifest(
     """Return a row per module that owns parameters, is pinned or has a reason from FP8, in registration order."""
     rows = []
     seen: set[int] = set()
+    # FP8 names modules without wrappers, such as that of torch.compile.
+    inner = named_inner_modules(module) if fp8_reasons else {}
+    reasons = {id(inner[fqn]): reason for fqn, reason in (fp8_reasons or {}).items() if fqn in inner}
     for fqn, child in module.named_modules():
         params = [p for p in child.parameters(recurse=False) if not isinstance(p, nn.UninitializedParameter)]
-        if not params and fqn not in pinned and fqn not in (fp8_reasons or {}):
+        if not params and fqn not in pinned and id(child) not in reasons:
             continue
         own = [p for p in params if id(p) not in seen]
         seen.update(id(p) for p in own)
-        converted, fp8_reason = (fp8_reasons or {}).get(fqn, (False, ""))
+        converted, fp8_reason = reasons.get(id(child), (False, ""))
         compute, reason = _compute(child, policy, is_pinned=fqn in pinned)
         rows.append(
             ManifestRow(

@@ -10,6 +10,7 @@ import pytest
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_mp import FP8Monitor, FP8UnavailableError, FP32Pin, MixedPrecision, OverflowMonitor, UnsupportedError
@@ -460,6 +461,18 @@ def test_layers_are_called_by_the_names_that_they_have_now() -> None:
     for rows in (seen[0][0], precision.manifest()):
         assert {row.fqn: row.fp8 for row in rows} == {"body.0": False, "body.1": True, "body.3": True, "head": False}
     assert list(seen[0][1]) == ["body.1", "body.3"]
+
+
+def test_names_are_those_without_wrappers() -> None:
+    # A history saved under the name of a wrapper would be lost to a run without it.
+    model, precision = Net(), plugin("delayed")
+    model.body[2] = checkpoint_wrapper(model.body[2])
+    seen = []
+    model.on_train_end = lambda: seen.extend([precision.manifest(), precision.fp8_engine.state_dict()["delayed"]])
+    fit(model, precision)
+    assert [row.fqn for row in seen[0] if row.fp8] == ["body.0", "body.2._checkpoint_wrapped_module"]
+    assert [row.fqn for row in precision.manifest() if row.fp8] == ["body.0", "body.2._checkpoint_wrapped_module"]
+    assert list(seen[1]) == ["body.0", "body.2"]
 
 
 class GradientPenalty(Net):
