@@ -56,6 +56,7 @@ class FP8Engine:
             self.recipe = _require_emulated(self.recipe)
         self.rows: tuple[LayerRow, ...] = ()
         self._has_convolutions = False
+        self._has_history = False
         self._step = StepFlags()
         self._settings = LayerSettings(compute_dtype, config.fp8_in_eval, config.cache_weights, self._step)
         self._layers: dict[str, nn.Linear] = {}
@@ -116,7 +117,7 @@ class FP8Engine:
                 self._layers[row.fqn] = layer
         if not self._is_loaded:
             self._state = self._states.get(module, {})
-        self._is_loaded, self._model = False, weakref.ref(module)
+        self._is_loaded, self._model, self._has_history = False, weakref.ref(module), False
         self._apply_state()
         return self.rows
 
@@ -220,6 +221,11 @@ class FP8Engine:
         return [(fqn, layer) for fqn, layer in self._layers.items() if isinstance(layer, FP8Linear)]
 
     @property
+    def lacks_history(self) -> bool:
+        """Whether delayed scaling has seen no step of this model, so that all its scales are 1."""
+        return self._has_delayed_scaling and bool(self._layers) and not self._has_history
+
+    @property
     def _has_delayed_scaling(self) -> bool:
         return self.recipe.name == "delayed"
 
@@ -241,6 +247,7 @@ class FP8Engine:
             self._session.end_step()
         for _, layer in self._converted():
             layer._fp8.end_step(has_amax=self._step.has_amax)
+        self._has_history = self._has_history or self._step.has_amax
         self._step.has_amax = False
 
     def invalidate_weights(self) -> None:
@@ -393,6 +400,7 @@ class FP8Engine:
         restarted = []
         for fqn, each in states.items():
             if fqn in saved and each.load_state_dict(saved[fqn]):
+                self._has_history = True
                 continue
             each.load_state_dict(DelayedState(emulated_twin(self.recipe)).state_dict())  # type: ignore[arg-type]
             restarted += [fqn] if fqn in saved else []

@@ -11,9 +11,16 @@ from lightning_mp.fp8 import FP8Engine
 from lightning_mp.fp8.coverage import PINNED
 from lightning_mp.policy import PrecisionPolicy
 from lightning_mp.precision.dtype_hint import add_hint
-from lightning_mp.precision.notices import notice
+from lightning_mp.precision.notices import notice, notice_once
 
-__all__ = ["FP8Region", "add_derivative_hint", "convert_to_fp8", "fp8_reasons", "new_fp8_engine"]
+__all__ = [
+    "FP8Region",
+    "add_derivative_hint",
+    "convert_to_fp8",
+    "fp8_reasons",
+    "new_fp8_engine",
+    "tell_missing_history",
+]
 
 _MAX_NAMED = 3
 _RESTING = "in evaluation mode, which runs in BF16 (fp8_in_eval=False)"
@@ -54,6 +61,14 @@ def fp8_reasons(engine: FP8Engine) -> dict[str, tuple[bool, str]]:
     rows = [row for row in engine.rows if row.reason != PINNED]
     ended = "in the last run; an ordinary layer now"
     return {row.fqn: (row.converted, f"{row.reason} {ended}" if row.converted else row.reason) for row in rows}
+
+
+def tell_missing_history() -> None:
+    """Say once that an evaluation runs with scales of 1."""
+    notice_once(
+        "recipe='delayed' with fp8_in_eval=True, but no amax history was loaded, so that all scales are 1. Pass the "
+        "ckpt_path of a checkpoint with more than weights, or use recipe='current' or fp8_in_eval=False."
+    )
 
 
 def add_derivative_hint(error: BaseException | None) -> None:

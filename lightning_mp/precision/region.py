@@ -6,11 +6,12 @@ from types import TracebackType
 from typing import Any
 
 import torch
+from torch import nn
 
 from lightning_mp.casting import autocast_region, is_autocast_cache_safe
 from lightning_mp.fp8 import FP8Engine
 from lightning_mp.policy import PrecisionPolicy
-from lightning_mp.precision.fp8 import FP8Region
+from lightning_mp.precision.fp8 import FP8Region, tell_missing_history
 from lightning_mp.precision.readings import StepReadings
 from lightning_mp.precision.stepping import OptimizerStepper
 
@@ -56,6 +57,7 @@ class StepRegions(StepReadings):
     _stepper: OptimizerStepper
     _region: TrainStepRegion | None
     _fp8: FP8Engine | None
+    _model: nn.Module | None
 
     @property
     def fp8_engine(self) -> FP8Engine | None:
@@ -67,6 +69,9 @@ class StepRegions(StepReadings):
             return nullcontext()
         region = autocast_region(self._device.type, self.policy.compute_dtype, cache_weights=False)
         if self._fp8 is not None and self._fp8.config.fp8_in_eval:
+            # A fit, which has a model connected, evaluates before its first step too.
+            if self._fp8.lacks_history and self._model is None:
+                tell_missing_history()
             return FP8Region(region, self._fp8)
         return region
 

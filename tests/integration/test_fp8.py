@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_mp import FP8Monitor, FP8UnavailableError, FP32Pin, MixedPrecision, OverflowMonitor, UnsupportedError
 from lightning_mp.errors import SettingValueError
 from lightning_mp.fp8 import FP8Config, FP8Linear
+from lightning_mp.precision import notices
 from tests.models import trainer, weights
 
 WIDTH = 32
@@ -473,6 +474,25 @@ def test_names_are_those_without_wrappers() -> None:
     assert [row.fqn for row in seen[0] if row.fp8] == ["body.0", "body.2._checkpoint_wrapped_module"]
     assert [row.fqn for row in precision.manifest() if row.fp8] == ["body.0", "body.2._checkpoint_wrapped_module"]
     assert list(seen[1]) == ["body.0", "body.2"]
+
+
+def test_evaluation_with_delayed_scales_that_learned_nothing_is_said_once(tmp_path, caplog, monkeypatch) -> None:
+    monkeypatch.setattr(notices, "_said", set())
+    said = "no amax history was loaded, so that all scales are 1"
+    model, precision = Net(), plugin("delayed", fp8_in_eval=True)
+    with caplog.at_level(logging.INFO):
+        run = trainer(precision, num_sanity_val_steps=2)
+        run.fit(model, data(), data(16))
+        run.validate(model, data(16), verbose=False)
+        for weights_only in (False, True):
+            run.save_checkpoint(tmp_path / f"{weights_only}.ckpt", weights_only=weights_only)
+        full, weights_alone = (trainer(plugin("delayed", fp8_in_eval=True)) for _ in range(2))
+        full.validate(Net(), data(16), ckpt_path=tmp_path / "False.ckpt", verbose=False)
+        trainer(plugin("delayed")).validate(Net(), data(16), ckpt_path=tmp_path / "True.ckpt", verbose=False)
+        trainer(plugin("current", fp8_in_eval=True)).validate(Net(), data(16), verbose=False)
+        assert said not in caplog.text
+        weights_alone.validate(Net(), data(16), ckpt_path=tmp_path / "True.ckpt", verbose=False)
+    assert caplog.text.count(said) == 1
 
 
 class GradientPenalty(Net):
