@@ -96,7 +96,8 @@ class DelayedScaling:
         margin: The scale is lowered by ``2**margin``.
         fp8_format: ``"HYBRID"`` or ``"E4M3"``.
         amax_history_len: Steps whose amax is remembered.
-        amax_compute_algo: ``"max"`` over the history, ``"most_recent"``, or a function of the history.
+        amax_compute_algo: ``"max"`` over the history, ``"most_recent"``, or a function of the history: FP32 of
+            shape ``(amax_history_len, num_tensors)`` on any device, to shape ``(num_tensors,)``.
         scaling_factor_compute_algo: A function ``(amax, scale, fp8_max, recipe) -> scale``, or ``None``.
         reduce_amax: Whether ranks share their amax.
     """
@@ -357,6 +358,27 @@ def _check_delayed(recipe: DelayedScaling) -> None:
             f"recipe: amax_compute_algo={algorithm!r} is not known.{_nearest(algorithm, _ALGORITHMS)} "
             f"Allowed: {_list(_ALGORITHMS)}, or a function of the history."
         )
+    if callable(algorithm):
+        _check_amax_function(algorithm, recipe.amax_history_len)
+
+
+def _check_amax_function(function: Callable[[Tensor], Tensor], length: int) -> None:
+    """Refuse a function that cannot take a history, by a call with one."""
+    # No square: a function that takes the amax of each row would pass.
+    history = torch.ones(length, 2 if length != 2 else 3, device="cpu")
+    failure: Exception | None = None
+    try:
+        amax: Any = function(history)
+    except Exception as error:
+        failure, found = error, f"raised {type(error).__name__}: {error}"
+    else:
+        if isinstance(amax, Tensor) and amax.shape == history.shape[1:]:
+            return
+        found = f"returned {f'shape {tuple(amax.shape)}' if isinstance(amax, Tensor) else repr(amax)}"
+    raise SettingValueError(
+        f"recipe: amax_compute_algo={function!r} is not allowed: given a history of shape {tuple(history.shape)}, one "
+        f"row per step, it {found}. It must return one amax per column, such as lambda history: history.mean(0)."
+    ) from failure
 
 
 def _check_block(recipe: BlockScaling) -> None:

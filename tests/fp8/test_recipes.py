@@ -91,6 +91,39 @@ def test_unknown_values_are_refused_with_what_is_allowed(written, message) -> No
         parse_recipe(written)
 
 
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (max, r"amax_compute_algo=<built-in function max> is not allowed: .*it raised RuntimeError: Boolean value"),
+        (
+            torch.max,
+            r"history of shape \(4, 2\), one row per step, it returned shape \(\)\. It must return one amax per",
+        ),
+        (lambda history: history.amax(1), r"it returned shape \(4,\)\."),
+        (lambda history: history.max(0), r"it returned torch.return_types.max"),
+        (lambda: 1.0, r"it raised TypeError: .*lambda history: history.mean\(0\)"),
+    ],
+)
+def test_function_that_takes_no_history_is_refused_at_once(function, message) -> None:
+    with pytest.raises(SettingValueError, match=f"(?s){message}"):
+        parse_recipe({"name": "delayed", "amax_history_len": 4, "amax_compute_algo": function})
+
+
+def test_function_over_the_wrong_dimension_is_refused_whatever_the_length() -> None:
+    for length in (1, 2, 3):
+        with pytest.raises(SettingValueError, match="one amax per column"):
+            parse_recipe(
+                {"name": "delayed", "amax_history_len": length, "amax_compute_algo": lambda history: history.amax(1)}
+            )
+
+
+def test_function_of_the_history_is_taken() -> None:
+    def mean(history: torch.Tensor) -> torch.Tensor:
+        return history.mean(0)
+
+    assert parse_recipe({"name": "delayed", "amax_compute_algo": mean}).amax_compute_algo is mean
+
+
 @pytest.mark.parametrize("margin", [-112, 134])
 def test_largest_margins_leave_the_maximum_of_both_formats_in_fp32(margin) -> None:
     assert parse_recipe({"name": "delayed", "margin": margin}).margin == margin
@@ -181,7 +214,8 @@ def test_custom_recipe_object_passes_through() -> None:
 
 
 @pytest.mark.parametrize(
-    "written", ["current", "delayed", "block", "mxfp8", {"name": "delayed", "amax_compute_algo": max}]
+    "written",
+    ["current", "delayed", "block", "mxfp8", {"name": "delayed", "amax_compute_algo": lambda history: history.mean(0)}],
 )
 def test_description_holds_plain_values_only(written) -> None:
     def leaves(value):
