@@ -78,8 +78,10 @@ class Quantized:
         return matrix, factor.flatten().repeat_interleave(self.block[kept])[: self.data.shape[kept]]
 
     def _spread(self, of_blocks: Tensor) -> Tensor:
+        if self.block is None:
+            return of_blocks
         rows, columns = self.data.shape
-        return of_blocks if self.block is None else spread_blocks(of_blocks, self.block, (rows, columns))
+        return spread_blocks(of_blocks, self.block, (rows, columns))
 
 
 def spread_blocks(of_blocks: Tensor, block: tuple[int, int], shape: tuple[int, int]) -> Tensor:
