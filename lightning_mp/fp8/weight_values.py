@@ -47,12 +47,12 @@ def weight_values(weight: Tensor, key: Tensor) -> Tensor:
         is_own = own is not None and (own.data_ptr() == weight.data_ptr() or is_same(own, weight))
         values = source(own) if source is not None and is_own else weight
         # A copy: memory that an operator returns is the compiler's to use again.
-        return torch.empty(weight.shape, device=weight.device).copy_(values)
+        return torch.empty(weight.shape, dtype=torch.float32, device=weight.device).copy_(values)
 
 
 @weight_values.register_fake
 def _(weight: Tensor, key: Tensor) -> Tensor:
-    return torch.empty(weight.shape, device=weight.device)
+    return torch.empty(weight.shape, dtype=torch.float32, device=weight.device)
 
 
 def is_same(cached: Tensor, weight: Tensor) -> bool:
