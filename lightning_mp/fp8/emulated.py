@@ -35,9 +35,8 @@ from lightning_mp.fp8.quantize import (
 )
 from lightning_mp.fp8.recipes import BlockScaling, CurrentScaling, DelayedScaling, Operand, operand_dtype
 from lightning_mp.fp8.statistics import measure_cast, worse_of
-from lightning_mp.fp8.weight_values import is_same, weight_values
 
-__all__ = ["EmulatedBackend", "product"]
+__all__ = ["EmulatedBackend", "is_same", "product"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -144,7 +143,11 @@ class EmulatedBackend(LayerBackend):
 
     def _values_of(self, weight: Tensor) -> Tensor:
         if torch.compiler.is_compiling():
-            return weight if self.weight_key is None else weight_values(weight, self.weight_key)
+            if self.weight_key is None:
+                return weight
+            # By its registered name: what defines it is loaded with the first engine that has masters.
+            values: Tensor = torch.ops.lightning_mp.weight_values(weight, self.weight_key)
+            return values
         source = self.settings.step.weight_source
         return source(weight) if source is not None and isinstance(weight, nn.Parameter) else weight
 
@@ -161,6 +164,14 @@ class EmulatedBackend(LayerBackend):
         # Masters change below what the weight's own bits show, and delayed scales change by themselves.
         if (self.delayed is not None and has_amax) or self.settings.step.weight_source is not None:
             self._cached = None
+
+
+def is_same(cached: Tensor, weight: Tensor) -> bool:
+    """Tell whether two tensors have the same dtype, shape, device and bits; a NaN equals itself."""
+    if cached.shape != weight.shape or cached.dtype != weight.dtype or cached.device != weight.device:
+        return False
+    bits = torch.int32 if weight.dtype is torch.float32 else torch.int16
+    return torch.equal(cached.detach().contiguous().view(bits), weight.detach().contiguous().view(bits))
 
 
 def _quantize_blockwise(

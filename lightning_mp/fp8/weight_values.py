@@ -10,7 +10,9 @@ import weakref
 import torch
 from torch import Tensor, nn
 
-__all__ = ["is_same", "new_key", "weight_values"]
+from lightning_mp.fp8.emulated import is_same
+
+__all__ = ["new_key", "weight_values"]
 
 _numbers = itertools.count()
 _layers: weakref.WeakValueDictionary[int, nn.Module] = weakref.WeakValueDictionary()
@@ -53,11 +55,3 @@ def weight_values(weight: Tensor, key: Tensor) -> Tensor:
 @weight_values.register_fake
 def _(weight: Tensor, key: Tensor) -> Tensor:
     return torch.empty(weight.shape, dtype=torch.float32, device=weight.device)
-
-
-def is_same(cached: Tensor, weight: Tensor) -> bool:
-    """Tell whether two tensors have the same dtype, shape, device and bits; a NaN equals itself."""
-    if cached.shape != weight.shape or cached.dtype != weight.dtype or cached.device != weight.device:
-        return False
-    bits = torch.int32 if weight.dtype is torch.float32 else torch.int16
-    return torch.equal(cached.detach().contiguous().view(bits), weight.detach().contiguous().view(bits))
