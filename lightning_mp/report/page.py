@@ -100,6 +100,7 @@ def render_page(logs: Mapping[str, Events]) -> str:
         fp8=_fp8(logs.get("fp8", [])),
         pins=_pins(_latest(run, "pins") or {}),
         memory=_memory(start, end),
+        unmeasured_masters=any(name == "masters" and size and not held for name, size, held in _memory(start, end)),
         size_text=size_text,
     )
 

@@ -144,6 +144,13 @@ def test_empty_sections_name_the_callback_that_fills_them():
         assert f"{name}()" in text
 
 
+@pytest.mark.parametrize(("num_bytes", "is_said"), [(4096, True), (0, False)])
+def test_masters_that_nobody_measured_are_said_beside_the_measured_column(num_bytes, is_said):
+    start = {**START, "estimate": {"weights": 2048, "masters": num_bytes, "total": 2048 + num_bytes}}
+    text = Page(render_page({"run": [start, END]})).text
+    assert ("Masters are there, and are estimated only" in text) is is_said
+
+
 def test_run_without_overflows_says_none_rather_than_not_recorded():
     clean = [{**event, "found_inf": False, "skipped": False} for event in SCALES]
     text = Page(render_page({"loss_scale": clean, "overflow": []})).text
