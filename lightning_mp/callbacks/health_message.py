@@ -8,6 +8,7 @@ from torch import nn
 from lightning_mp.metrics.health import (
     COLLAPSE_ATTEMPTS,
     THRASHING_ATTEMPTS,
+    Concern,
     Health,
     ScaleLimits,
     ScaleRecord,
@@ -15,7 +16,7 @@ from lightning_mp.metrics.health import (
     settled_records,
 )
 
-__all__ = ["describe_health", "find_first_overflow", "judged_records", "module_of"]
+__all__ = ["describe_concern", "describe_health", "find_first_overflow", "judged_records", "module_of"]
 
 
 def judged_records(
@@ -65,7 +66,7 @@ def describe_health(
         culprit: Full dotted name of the module or parameter that overflowed first, where known.
         module: The module to pin for it, where there is one.
     """
-    where = f"first overflow in {culprit}" if culprit else "add OverflowMonitor() to name the module that overflows"
+    where = _where(culprit)
     pin = f"pin it with FP32Pin(modules=[{module!r}])" if module else "pin the module with FP32Pin(modules=[...])"
     if health == "collapsing":
         fall = largest_fall(records)
@@ -73,11 +74,17 @@ def describe_health(
             f"collapsing: {_overflows(records)} overflowed and the scale fell from {fall.highest:g} to "
             f"{fall.lowest:g}; {where}; try BF16, or {pin}"
         )
-    if health == "stuck" and records[-1].loss_scale >= limits.max_scale:
+    is_at_cap = health == "stuck" and records[-1].loss_scale >= limits.max_scale
+    if is_at_cap and any(record.found_inf for record in records):
         return (
-            f"stuck: the scale is at its cap, max_scale={limits.max_scale:g}, where {_overflows(records)} overflowed; "
-            "check that the loss is connected to the parameters and that gradients are not zero (GradientRangeMonitor "
-            "shows them), or set a static loss_scale"
+            f"stuck: the scale is at its cap, max_scale={limits.max_scale:g}, and {_overflows(records)} overflowed; "
+            f"{where}; try a lower max_scale or a smaller hysteresis, or set a static loss_scale"
+        )
+    if is_at_cap:
+        return (
+            f"stuck: the scale is at its cap, max_scale={limits.max_scale:g}, because no step overflows; check that "
+            "the loss is connected to the parameters and that gradients are not zero (GradientRangeMonitor shows "
+            "them), or set a static loss_scale"
         )
     if health == "stuck":
         return (
@@ -96,6 +103,25 @@ def describe_health(
             "check the data and the learning rate"
         )
     return health
+
+
+def describe_concern(concern: Concern, records: Sequence[ScaleRecord], *, culprit: str | None = None) -> str:
+    """Return what ``find_concern`` found and what to try, in one line."""
+    where = _where(culprit)
+    if concern == "no step applied":
+        return (
+            f"no step was applied: {len(records)} of {len(records)} steps were skipped for Inf or NaN gradients, which "
+            f"no scale explains; {where}; check the data and the initial weights"
+        )
+    recent = records[-THRASHING_ATTEMPTS:]
+    return (
+        f"non-finite steps were applied: {_overflows(recent)} had Inf or NaN gradients, and their updates make the "
+        f"weights NaN; {where}; use on_nonfinite='skip' or 'raise'"
+    )
+
+
+def _where(culprit: str | None) -> str:
+    return f"first overflow in {culprit}" if culprit else "add OverflowMonitor() to name the module that overflows"
 
 
 def _lowest(records: Sequence[ScaleRecord]) -> float:

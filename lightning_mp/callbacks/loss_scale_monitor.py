@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from lightning_mp.callbacks.added_hooks import add_to_hook, remove_added_hooks, without_added_hooks
 from lightning_mp.callbacks.event_log import EventLog
 from lightning_mp.callbacks.health_message import (
+    describe_concern,
     describe_health,
     find_first_overflow,
     judged_records,
@@ -22,6 +23,7 @@ from lightning_mp.callbacks.pictures import save_picture
 from lightning_mp.errors import LightningMPError
 from lightning_mp.loss_scale import DynamicLossScale
 from lightning_mp.metrics import Health, LossScaleTrajectory, ScaleLimits, ScaleRecord, find_first_applied, judge_health
+from lightning_mp.metrics.health import MIN_BAD_STEPS, find_concern
 from lightning_mp.precision import MixedPrecision, StepReport
 from lightning_mp.precision.notices import notice, notice_once
 
@@ -29,8 +31,6 @@ __all__ = ["LossScaleMonitor", "ScaleRecord"]
 
 # Of a run that goes on elsewhere: as many attempts as the rules of health look back.
 _NUM_SAVED = 100
-# One skip among the first few steps is over a fifth of them, and no reason for advice yet.
-_MIN_SKIPS = 3
 
 
 class LossScaleMonitor(Callback):
@@ -56,7 +56,9 @@ class LossScaleMonitor(Callback):
     Attributes:
         history: Frozen records, one per attempt. A resumed run begins with those of the event log, or
             with the last 100 that the checkpoint holds.
-        message: The latest advice, empty until something was wrong; fewer than 3 skips are no reason for advice.
+        message: The latest advice, empty until something was wrong; fewer than 3 bad steps are no reason for advice.
+            What the health, which speaks of the scale, has no word for is said too: that no step was applied in
+            a run without a scale to calibrate, and that steps with Inf or NaN gradients were applied.
 
     Example:
         >>> LossScaleMonitor().health
@@ -71,7 +73,7 @@ class LossScaleMonitor(Callback):
         self._limits = ScaleLimits()
         self._first_applied: int | None = None
         self._num_skipped = 0
-        self._announced: Health = "healthy"
+        self._announced: str = "healthy"
         self._watch: _ScalerWatch | None = None
         self._plugin: MixedPrecision | None = None
         self._listener: Callable[[StepReport], None] | None = None
@@ -191,25 +193,24 @@ class LossScaleMonitor(Callback):
         """Say what is wrong when the health turns bad, once per turn."""
         health = self.health
         recent = judged_records(health, self.history, first_applied=self._first_applied)
-        if health == "thrashing" and sum(record.skipped for record in recent) < _MIN_SKIPS:
+        if health == "thrashing" and sum(record.skipped for record in recent) < MIN_BAD_STEPS:
             return
-        if health == "healthy" and self._first_applied is None and not self.message:
-            self._complain_of_no_step()
-        if health != self._announced and health not in ("healthy", "calibrating"):
-            culprit = find_first_overflow(trainer.callbacks, since=recent[0].step)  # type: ignore[attr-defined]
+        concern = find_concern(recent, first_applied=self._first_applied) if health == "healthy" else None
+        # A scale at its cap asks for other advice once a step overflows there.
+        is_overflowing = health == "stuck" and any(record.found_inf for record in recent)
+        state = concern or (f"{health} with overflows" if is_overflowing else health)
+        is_new = state != self._announced
+        self._announced = state
+        # The count in the message of a concern grows; it is announced once all the same.
+        if state in ("healthy", "calibrating") or not (is_new or concern):
+            return
+        culprit = find_first_overflow(trainer.callbacks, since=recent[0].step)  # type: ignore[attr-defined]
+        if concern is not None:
+            self.message = describe_concern(concern, self.history, culprit=culprit)
+        else:
             module = module_of(culprit, pl_module)
             self.message = describe_health(health, recent, self._limits, culprit=culprit, module=module)
-            notice(f"LossScaleMonitor: {self.message}")
-        self._announced = health
-
-    def _complain_of_no_step(self) -> None:
-        """Say that nothing was applied, which is no state of a scale that does not move."""
-        skipped = sum(record.skipped for record in self.history)
-        if skipped >= _MIN_SKIPS:
-            self.message = (
-                f"no step was applied: all {skipped} were skipped for Inf or NaN gradients, which no scale explains; "
-                "check the data and the learning rate, or add OverflowMonitor() to name the module"
-            )
+        if is_new:
             notice(f"LossScaleMonitor: {self.message}")
 
     # --- End -------------------------------------------------------------------------------------

@@ -3,14 +3,13 @@
 from pathlib import Path
 from typing import Any
 
-from lightning_mp.metrics.health import Health
-
-__all__ = ["HEALTH_COLORS", "INK", "MARK", "RANGE_COLORS", "has_matplotlib", "new_axes", "save_figure"]
+__all__ = ["CONCERN_COLOR", "HEALTH_COLORS", "INK", "MARK", "RANGE_COLORS", "has_matplotlib", "new_axes", "save_figure"]
 
 # Okabe and Ito's palette ("Color Universal Design", 2008).
 INK = "#0072b2"
 MARK = "#d55e00"
-HEALTH_COLORS: dict[Health, str] = {
+CONCERN_COLOR = "#e69f00"
+HEALTH_COLORS: dict[str, str] = {
     "collapsing": "#d55e00",
     "stuck": "#cc79a7",
     "thrashing": "#e69f00",

@@ -1,28 +1,35 @@
 """How well loss scaling is doing, judged from the trajectory of the scale."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from functools import partial
+from typing import Literal, TypeAlias, TypeVar
 
 __all__ = [
     "Health",
     "ScaleFall",
     "ScaleLimits",
     "ScaleRecord",
+    "find_concern",
     "find_first_applied",
     "health_spans",
     "judge_health",
     "largest_fall",
     "settled_records",
+    "shown_spans",
 ]
 
 Health: TypeAlias = Literal["collapsing", "stuck", "thrashing", "calibrating", "healthy"]
+Concern: TypeAlias = Literal["no step applied", "non-finite steps applied"]
+_State = TypeVar("_State", bound=str)
 
 COLLAPSE_ATTEMPTS = 50
 COLLAPSE_FACTOR = 2.0**8
 THRASHING_ATTEMPTS = 100
 THRASHING_SHARE = 0.2
+# One skip among the first few steps is over a fifth of them, and no reason for advice yet.
+MIN_BAD_STEPS = 3
 # A picture shows no more changes of health than this.
 _MAX_JUDGED = 400
 
@@ -140,19 +147,54 @@ def _is_stuck(records: Sequence[ScaleRecord], limits: ScaleLimits) -> bool:
     return scale >= limits.max_scale or any(r.found_inf and r.loss_scale <= limits.min_scale for r in recent)
 
 
+def find_concern(records: Sequence[ScaleRecord], *, first_applied: int | None) -> Concern | None:
+    """Return what is wrong with a run though the rules of ``judge_health``, which speak of the scale, call it healthy.
+
+    - ``"no step applied"``: all attempts so far, 3 or more, were skipped. Under a dynamic scale that is
+      calibrating; a run without one has nothing to calibrate.
+    - ``"non-finite steps applied"``: more than 20% of the last 100 attempts, 3 or more, had non-finite
+      gradients and were applied all the same, as ``on_nonfinite="ignore"`` asks for.
+
+    Args:
+        records: Attempts in order; the last 100 are enough.
+        first_applied: ``step`` of the first applied attempt, which may be older than ``records``.
+    """
+    recent = records[-THRASHING_ATTEMPTS:]
+    if first_applied is None:
+        return "no step applied" if len(recent) >= MIN_BAD_STEPS else None
+    num_applied = sum(record.found_inf and not record.skipped for record in recent)
+    if num_applied >= MIN_BAD_STEPS and num_applied > THRASHING_SHARE * len(recent):
+        return "non-finite steps applied"
+    return None
+
+
 def health_spans(records: Sequence[ScaleRecord], limits: ScaleLimits) -> list[tuple[int, int, Health]]:
     """Return ``(first step, last step, health)`` for each stretch of one health, for a picture.
 
     Long trajectories are judged at 400 places.
     """
+    return _join_spans(records, partial(judge_health, limits=limits))
+
+
+def shown_spans(records: Sequence[ScaleRecord], limits: ScaleLimits) -> list[tuple[int, int, Health | Concern]]:
+    """Return what ``health_spans`` does, with the concern in place of ``"healthy"`` where there is one."""
+
+    def judge(window: Sequence[ScaleRecord], *, first_applied: int | None) -> Health | Concern:
+        health = judge_health(window, limits, first_applied=first_applied)
+        return (find_concern(window, first_applied=first_applied) or health) if health == "healthy" else health
+
+    return _join_spans(records, judge)
+
+
+def _join_spans(records: Sequence[ScaleRecord], judge: Callable[..., _State]) -> list[tuple[int, int, _State]]:
     first_applied = find_first_applied(records)
     stride = max(1, len(records) // _MAX_JUDGED)
-    spans: list[tuple[int, int, Health]] = []
+    spans: list[tuple[int, int, _State]] = []
     for end in range(len(records), 0, -stride):
         window = records[max(0, end - THRASHING_ATTEMPTS) : end]
         step = window[-1].step
         known = first_applied if first_applied is not None and first_applied <= step else None
-        health = judge_health(window, limits, first_applied=known)
+        health = judge(window, first_applied=known)
         last = spans[-1][1] if spans and spans[-1][2] == health else step
         if spans and spans[-1][2] == health:
             spans.pop()

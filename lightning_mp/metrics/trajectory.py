@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_mp.metrics.figures import HEALTH_COLORS, INK, MARK, new_axes
-from lightning_mp.metrics.health import ScaleLimits, ScaleRecord, health_spans
+from lightning_mp.metrics.figures import CONCERN_COLOR, HEALTH_COLORS, INK, MARK, new_axes
+from lightning_mp.metrics.health import ScaleLimits, ScaleRecord, shown_spans
 from lightning_mp.metrics.rows import RowsMetric
 
 __all__ = ["LossScaleTrajectory", "change_points"]
@@ -122,11 +122,11 @@ def _dress(axes: Any, records: Sequence[ScaleRecord]) -> None:
 
 def _draw_health(axes: Any, records: Sequence[ScaleRecord], limits: ScaleLimits) -> None:
     named = set()
-    spans = health_spans(records, limits)
+    spans = shown_spans(records, limits)
     for index, (first, last, health) in enumerate(spans):
         end = spans[index + 1][0] if index + 1 < len(spans) else last + 1
         label = None if health in named else health
-        axes.axvspan(first, end, color=HEALTH_COLORS[health], alpha=0.18, linewidth=0, label=label)
+        axes.axvspan(first, end, color=HEALTH_COLORS.get(health, CONCERN_COLOR), alpha=0.18, linewidth=0, label=label)
         named.add(health)
 
 

@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
+from typing import get_args
 
 from lightning_mp.formats import FP16
 from lightning_mp.metrics.exponents import SHOWN_FORMATS, range_below, shown_exponents
@@ -42,12 +43,12 @@ class _Axis:
         return list(range(math.ceil(first / step) * step, last + 1, step))
 
 
-def trajectory_chart(records: Sequence[ScaleRecord], spans: Sequence[tuple[int, int, Health]]) -> str:
+def trajectory_chart(records: Sequence[ScaleRecord], spans: Sequence[tuple[int, int, str]]) -> str:
     """Draw the scale on a logarithmic axis, overflows as crosses, and the health as bands.
 
     Args:
         records: Attempts in order, at least one.
-        spans: What ``metrics.health_spans`` returns.
+        spans: What ``metrics.health.shown_spans`` returns.
     """
     exponents = [math.log2(r.loss_scale) for r in records if r.loss_scale > 0] or [0.0]
     x = _Axis(records[0].step, max(records[-1].step, records[0].step + 1), _LEFT, _WIDTH - _RIGHT)
@@ -79,13 +80,14 @@ def _staircase(x: _Axis, y: _Axis, records: Sequence[ScaleRecord]) -> str:
     return "".join(steps)
 
 
-def _band(x: _Axis, spans: Sequence[tuple[int, int, Health]], index: int) -> str:
+def _band(x: _Axis, spans: Sequence[tuple[int, int, str]], index: int) -> str:
     first, last, health = spans[index]
     end = spans[index + 1][0] if index + 1 < len(spans) else last
     left, right = float(x.place(first)), float(x.place(end))
     height = _HEIGHT - _TOP - _BOTTOM
+    kind = health if health in get_args(Health) else "concern"
     return (
-        f'<rect class="band {health}" x="{left}" y="{_TOP}" width="{max(right - left, 1.5):.1f}" height="{height}">'
+        f'<rect class="band {kind}" x="{left}" y="{_TOP}" width="{max(right - left, 1.5):.1f}" height="{height}">'
         f"<title>{health}: steps {first} to {last}</title></rect>"
     )
 

@@ -10,9 +10,10 @@ from lightning_mp.errors import SettingValueError
 from lightning_mp.metrics.health import (
     ScaleLimits,
     ScaleRecord,
+    find_concern,
     find_first_applied,
-    health_spans,
     judge_health,
+    shown_spans,
 )
 from lightning_mp.report.charts import exponent_chart, trajectory_chart
 from lightning_mp.report.events import LOG_NAMES, read_events
@@ -126,15 +127,18 @@ def _trajectory(events: Events, start: dict[str, Any] | None) -> dict[str, Any] 
     if not records:
         return None
     limits = ScaleLimits(**(start or {}).get("limits") or {"is_dynamic": len({r.loss_scale for r in records}) > 1})
+    first_applied = find_first_applied(records)
+    health = judge_health(records, limits, first_applied=first_applied)
     return {
-        "health": judge_health(records, limits, first_applied=find_first_applied(records)),
+        "health": health,
+        "concern": find_concern(records, first_applied=first_applied) if health == "healthy" else None,
         "message": (start or {}).get("message", ""),
         "num_attempts": len(records),
         "num_skipped": sum(record.skipped for record in records),
         "num_overflows": sum(record.found_inf for record in records),
         "last_scale": records[-1].loss_scale,
         "is_scaled": any(record.loss_scale != 1.0 for record in records),
-        "chart": trajectory_chart(records, health_spans(records, limits)),
+        "chart": trajectory_chart(records, shown_spans(records, limits)),
     }
 
 

@@ -13,7 +13,14 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.plugins.precision import MixedPrecision as LightningMixedPrecision
 from torch import nn
 
-from lightning_mp import LossScaleError, LossScaleMonitor, MixedPrecision, OverflowFoundError, OverflowMonitor
+from lightning_mp import (
+    LossScaleError,
+    LossScaleMonitor,
+    MixedPrecision,
+    OverflowFoundError,
+    OverflowMonitor,
+    PrecisionReport,
+)
 from lightning_mp.callbacks.health_message import describe_health
 from lightning_mp.grad_scaler import Readback
 from lightning_mp.metrics import ScaleLimits, ScaleRecord, judge_health
@@ -353,13 +360,32 @@ def test_one_skip_in_few_steps_is_no_reason_for_advice():
     assert (monitor.health, monitor.message) == ("thrashing", "")
 
 
-@pytest.mark.parametrize("plugin", [MixedPrecision("bf16"), MixedPrecision("fp16", loss_scale=8.0)])
-def test_run_in_which_no_step_was_applied_is_said(plugin, caplog):
+@pytest.mark.parametrize("plugin", [MixedPrecision("bf16"), MixedPrecision("fp16", loss_scale=1024.0)])
+def test_run_without_a_dynamic_scale_that_never_applied_a_step_says_so(plugin, tmp_path, caplog):
     caplog.set_level("INFO")
-    monitor = LossScaleMonitor()
-    fit(monitor, plugin, model=Regression(factors=dict.fromkeys(range(8), INF)))
-    assert monitor.message.startswith("no step was applied: all 3 were skipped for Inf or NaN gradients")
+    monitor, report = LossScaleMonitor(dirpath=tmp_path), PrecisionReport(tmp_path)
+    fit(monitor, plugin, model=Regression(factors=dict.fromkeys(range(8), INF)), callbacks=[report])
+    # The words of the contract speak of the scale, which is none or does not move.
+    assert monitor.health == "healthy"
+    assert monitor.message.startswith("no step was applied: 8 of 8 steps were skipped for Inf or NaN gradients")
+    html = report.path.read_text(encoding="utf-8")
+    assert ">no step applied</b>" in html
+    assert monitor.message.split(";")[0] in html
+    assert 'class="band concern"' in html
     assert caplog.text.count("LossScaleMonitor: no step was applied") == 1
+
+
+def test_ignored_non_finite_steps_are_said():
+    monitor = LossScaleMonitor()
+    model = Regression(factors=dict.fromkeys(range(1, 8), INF))
+    fit(monitor, MixedPrecision("bf16", on_nonfinite="ignore"), model=model)
+    assert monitor.message.startswith("non-finite steps were applied: 7 of the last 8 steps had Inf or NaN gradients")
+
+
+def test_two_skips_before_the_first_applied_step_are_no_reason_for_advice():
+    monitor = LossScaleMonitor()
+    fit(monitor, MixedPrecision("bf16"), model=Regression(factors={0: INF, 1: INF}))
+    assert monitor.message == ""
 
 
 def test_scale_at_its_cap_is_stuck():
@@ -367,6 +393,16 @@ def test_scale_at_its_cap_is_stuck():
     fit(monitor, fp16(max_scale=1024.0), model=Regression())
     assert monitor.health == "stuck"
     assert "max_scale=1024" in monitor.message
+
+
+def test_advice_at_the_cap_is_renewed_once_a_step_overflows_there():
+    monitor = LossScaleMonitor()
+    plugin = fp16(init_scale=4.0, max_scale=8.0, growth_interval=2, hysteresis=5)
+    fit(monitor, plugin, model=Regression(factors=dict.fromkeys([3, 4, 5], INF)), limit_train_batches=6)
+    # It was stuck since step 2, without an overflow; hysteresis holds the scale through the three that follow.
+    assert [(r.loss_scale, r.skipped) for r in monitor.history[2:]] == [(8.0, False), *[(8.0, True)] * 3]
+    assert monitor.health == "stuck"
+    assert "max_scale=8, and 1 of the last 4 steps overflowed" in monitor.message
 
 
 class Names(OverflowMonitor):
