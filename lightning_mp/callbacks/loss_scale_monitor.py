@@ -217,6 +217,9 @@ class LossScaleMonitor(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._settle()
+        # Before any callback writes a page with the message, in whatever order they stand.
+        if self.history:
+            self._announce(trainer, pl_module)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # The plugin has settled its last step in its teardown, which comes before this hook.

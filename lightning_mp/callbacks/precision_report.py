@@ -149,12 +149,18 @@ def _describe_start(trainer: Trainer, pl_module: LightningModule) -> dict[str, A
         "settings": describe_precision(trainer),
         "versions": versions,
         "monitors": _names_of_monitors(trainer.callbacks),  # type: ignore[attr-defined]
+        "checks_gradients": _checks_gradients(trainer.precision_plugin),
         "limits": _describe_limits(trainer.precision_plugin),
         "totals": describe_totals(rows, misaligned, is_fp8=is_fp8),
         "groups": [asdict(group) for group in group_manifest(rows, pl_module)],
         "manifest": as_events(rows),
         "estimate": _estimate_memory(trainer, pl_module),
     }
+
+
+def _checks_gradients(plugin: Any) -> bool:
+    scaler = getattr(plugin, "scaler", None)
+    return isinstance(plugin, MixedPrecision) or (scaler is not None and bool(scaler.is_enabled()))
 
 
 def _describe_limits(plugin: Any) -> dict[str, Any] | None:

@@ -4,10 +4,11 @@ import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, get_args
 
 from lightning_mp.errors import SettingValueError
 from lightning_mp.metrics.health import (
+    Health,
     ScaleLimits,
     ScaleRecord,
     find_concern,
@@ -94,6 +95,7 @@ def render_page(logs: Mapping[str, Events]) -> str:
     return environment.get_template("template.html").render(
         start=start,
         end=end,
+        checks_gradients=(start or {}).get("checks_gradients", True),
         num_starts=sum(event.get("event") == "start" for event in run),
         trajectory=_trajectory(logs.get("loss_scale", []), start),
         overflow=_overflow(logs.get("overflow", [])),
@@ -129,6 +131,7 @@ def _trajectory(events: Events, start: dict[str, Any] | None) -> dict[str, Any] 
     limits = ScaleLimits(**(start or {}).get("limits") or {"is_dynamic": len({r.loss_scale for r in records}) > 1})
     first_applied = find_first_applied(records)
     health = judge_health(records, limits, first_applied=first_applied)
+    spans = shown_spans(records, limits)
     return {
         "health": health,
         "concern": find_concern(records, first_applied=first_applied) if health == "healthy" else None,
@@ -138,7 +141,8 @@ def _trajectory(events: Events, start: dict[str, Any] | None) -> dict[str, Any] 
         "num_overflows": sum(record.found_inf for record in records),
         "last_scale": records[-1].loss_scale,
         "is_scaled": any(record.loss_scale != 1.0 for record in records),
-        "chart": trajectory_chart(records, shown_spans(records, limits)),
+        "concerns": sorted({state for _, _, state in spans if state not in get_args(Health)}),
+        "chart": trajectory_chart(records, spans),
     }
 
 

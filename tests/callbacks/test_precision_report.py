@@ -1,10 +1,13 @@
 """PrecisionReport writes one page with what all monitors saw, also after an error and a resume."""
 
+from html import unescape
+
 import pytest
 import torch
 from lightning.pytorch.callbacks import LearningRateFinder
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins.precision import MixedPrecision as LightningMixedPrecision
+from lightning.pytorch.plugins.precision import Precision
 
 from lightning_mp import (
     GradientRangeMonitor,
@@ -57,8 +60,35 @@ def test_monitors_that_write_elsewhere_or_nowhere_are_shown_too(tmp_path, monkey
     assert "Exponents of" in html
 
 
+@pytest.mark.parametrize("is_first", [True, False])
+def test_page_holds_the_advice_whatever_the_order_of_the_callbacks(tmp_path, is_first):
+    monitor, report = LossScaleMonitor(), PrecisionReport(dirpath=tmp_path)
+    callbacks = [report, monitor] if is_first else [monitor, report]
+    run = trainer(MixedPrecision("bf16"), callbacks=callbacks)
+    run.fit(Regression(factors=dict.fromkeys([3, 5, 7], INF)), batches())
+    assert monitor.message.startswith("thrashing: 3 of the last 7 steps were skipped")
+    assert monitor.message in unescape(report.path.read_text(encoding="utf-8"))
+
+
 class Watches(OverflowMonitor):
     """A subclass, which the page knows as its base."""
+
+
+@pytest.mark.parametrize(
+    ("plugin", "checks"),
+    [
+        (Precision(), False),
+        (LightningMixedPrecision("bf16-mixed", "cpu"), False),
+        (LightningMixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=1.0)), True),
+        (MixedPrecision("bf16"), True),
+    ],
+)
+def test_page_says_where_the_plugin_gave_the_monitors_nothing_to_see(tmp_path, plugin, checks):
+    report = PrecisionReport(dirpath=tmp_path)
+    fit(plugin, report, OverflowMonitor(), model=Regression())
+    html = report.path.read_text(encoding="utf-8")
+    assert "<code>OverflowMonitor</code> was on and found nothing to show." in html
+    assert ("looks at no gradient" in html) is not checks
 
 
 def test_monitor_that_was_on_and_found_nothing_is_not_asked_for(tmp_path):
