@@ -12,9 +12,9 @@ from lightning_mp.selection import named_inner_modules
 
 __all__ = ["ManifestRow", "build_manifest"]
 
+# Not nn.Bilinear, which autocast leaves in the dtype of its FP32 weight.
 _PRODUCTS = (
     nn.Linear,
-    nn.Bilinear,
     nn.modules.conv._ConvNd,
     nn.RNNBase,
     nn.RNNCellBase,

@@ -163,15 +163,20 @@ def test_manifest_shows_what_each_module_stores_and_computes_in():
         def __init__(self):
             super().__init__()
             self.norm = nn.LayerNorm(4)
+            self.bilinear = nn.Bilinear(4, 4, 2)
             self.tied = nn.Linear(4, 1, bias=False)
             self.tied.weight = self.layer.weight
 
     trainer(plugin).fit(Normed(), batches())
     rows = {row.fqn: row for row in plugin.manifest()}
-    assert list(rows) == ["layer", "norm", "tied"]
+    assert list(rows) == ["layer", "norm", "bilinear", "tied"]
     assert (rows["layer"].num_params, rows["layer"].param_dtype) == (5, torch.float32)
     assert rows["layer"].compute_dtype is torch.bfloat16
     assert rows["norm"].compute_dtype is None
+    # Asked of torch: autocast leaves this product in the dtype of its inputs and its FP32 weight.
+    with torch.autocast("cpu", torch.bfloat16):
+        assert nn.Bilinear(4, 4, 2)(torch.ones(4), torch.ones(4)).dtype is torch.float32
+    assert rows["bilinear"].compute_dtype is None
     assert rows["tied"].num_params == 0
     assert {row.master for row in rows.values()} == {"params"}
     with pytest.raises(AttributeError):
