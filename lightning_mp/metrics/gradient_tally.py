@@ -78,7 +78,7 @@ def tally_gradients(
 
 
 def _pieces(gradients: Iterable[Tensor]) -> Iterator[Tensor]:
-    """Yield flat FP32 tensors, small gradients joined."""
+    """Yield flat tensors of FP32, or FP64 where gradients are, small ones joined."""
     waiting: list[Tensor] = []
     size = 0
     for gradient in gradients:
@@ -96,7 +96,9 @@ def _flat(gradient: Tensor) -> Tensor:
     local = gradient.to_local() if hasattr(gradient, "to_local") else gradient
     dense = local.coalesce().values() if local.is_sparse else local
     real = torch.view_as_real(dense) if dense.is_complex() else dense
-    return real.detach().reshape(-1).float()
+    # FP64 is left as it is: cast, its small values would be zeros and its large ones infinities.
+    wide = real if real.dtype is torch.float64 else real.float()
+    return wide.detach().reshape(-1)
 
 
 def _tally_piece(piece: Tensor, loss_scale: float) -> DeviceTally:
@@ -129,6 +131,8 @@ def read_tallies(tallies: Mapping[str, DeviceTally], *, is_sharded: bool) -> dic
     counts = torch.stack([tally.counts.to(device) for tally in tallies.values()])
     amaxes = torch.stack([tally.amax.to(device) for tally in tallies.values()])
     if is_sharded and dist.is_initialized():
+        # One dtype on all ranks, also on one that holds no FP64 gradient.
+        amaxes = amaxes.double()
         dist.all_reduce(counts)
         dist.all_reduce(amaxes, op=dist.ReduceOp.MAX)
     rows = zip(tallies, counts.tolist(), amaxes.tolist(), strict=True)

@@ -116,6 +116,13 @@ def test_every_dtype_of_gradients_is_counted(dtype):
     assert tally.counts.sum() == 3
 
 
+def test_fp64_gradients_outside_the_range_of_fp32_are_neither_zeros_nor_infinities():
+    gradients = [torch.tensor([1e-60, 1e300, 1.0], dtype=torch.float64), torch.tensor([2.0])]
+    tally = read_tallies({"g": tally_gradients(gradients, CPU, loss_scale=1.0)}, is_sharded=False)["g"]
+    assert (tally.histogram[0], tally.histogram[-1], sum(tally.histogram)) == (1, 1, 4)
+    assert (tally.num_nonfinite, tally.num_flushed, tally.num_saturated, tally.amax) == (0, 1, 1, 1e300)
+
+
 @pytest.mark.filterwarnings("ignore:Sparse invariant checks")
 def test_sparse_and_many_small_gradients_count_like_one_large_one():
     sparse = torch.sparse_coo_tensor(torch.tensor([[0, 0]]), torch.tensor([1.0, 1.0]), (4,))
