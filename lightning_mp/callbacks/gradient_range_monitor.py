@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from lightning_mp.callbacks.event_log import EventLog
 from lightning_mp.callbacks.pictures import save_picture
+from lightning_mp.callbacks.step_values import StepValues
 from lightning_mp.errors import SettingTypeError, SettingValueError
 from lightning_mp.metrics import GradientExponentHistogram
 from lightning_mp.metrics.gradient_tally import GradientTally, read_tallies, suggest_scale, tally_gradients, total_tally
@@ -108,6 +109,7 @@ class GradientRangeMonitor(Callback):
         self.event_log = EventLog("gradient_range", dirpath)
         self.history: list[GradientRange] = []
         self._unlogged: dict[str, float] = {}
+        self._values = StepValues()
         self._loss_scale = 1.0
         self._seen: dict[int, int] = {}
         self._first_step = 0
@@ -166,10 +168,11 @@ class GradientRangeMonitor(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        for name, value in self._unlogged.items():
-            # Without a batch size Lightning would look for one in the batch, and refuse dataloader_iter.
-            pl_module.log(name, value, on_step=True, on_epoch=False, logger=False, batch_size=1)
-        self._unlogged = {}
+        if self._values.keys:
+            self._values.drop(trainer)
+        if self._unlogged:
+            self._values.log(pl_module, self._unlogged, logger=False)
+            self._unlogged = {}
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.event_log.close()

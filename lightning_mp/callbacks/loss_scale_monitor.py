@@ -20,6 +20,7 @@ from lightning_mp.callbacks.health_message import (
 )
 from lightning_mp.callbacks.interruption import settle_interrupted
 from lightning_mp.callbacks.pictures import save_picture
+from lightning_mp.callbacks.step_values import StepValues
 from lightning_mp.errors import LightningMPError
 from lightning_mp.loss_scale import DynamicLossScale
 from lightning_mp.metrics import Health, LossScaleTrajectory, ScaleLimits, ScaleRecord, find_first_applied, judge_health
@@ -73,6 +74,7 @@ class LossScaleMonitor(Callback):
         self._limits = ScaleLimits()
         self._first_applied: int | None = None
         self._num_skipped = 0
+        self._values = StepValues()
         self._announced: str = "healthy"
         self._watch: _ScalerWatch | None = None
         self._plugin: MixedPrecision | None = None
@@ -171,6 +173,8 @@ class LossScaleMonitor(Callback):
     ) -> None:
         if self._watch is not None:
             self._watch.close()
+        if self._values.keys:
+            self._values.drop(trainer)
         if _logs_now(trainer):
             self._settle()
             self._log(trainer, pl_module)
@@ -184,9 +188,7 @@ class LossScaleMonitor(Callback):
         recent = self.history[-100:]
         rate = sum(record.found_inf for record in recent) / len(recent)
         values = {"loss_scale": self.history[-1].loss_scale, "skipped_steps": skipped, "overflow_rate": rate}
-        for name, value in values.items():
-            # Without a batch size Lightning would look for one in the batch, and refuse dataloader_iter.
-            pl_module.log(name, float(value), on_step=True, on_epoch=False, batch_size=1)
+        self._values.log(pl_module, values)
         self._announce(trainer, pl_module)
 
     def _announce(self, trainer: Trainer, pl_module: LightningModule) -> None:

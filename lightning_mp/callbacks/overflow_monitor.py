@@ -16,6 +16,7 @@ from lightning_mp.callbacks.event_log import EventLog, run_directory
 from lightning_mp.callbacks.interruption import is_interrupted, settle_interrupted
 from lightning_mp.callbacks.overflow_inquiry import Inquiry, Probe
 from lightning_mp.callbacks.overflow_watch import ScalerWatch, reason_against_replay, save_batch, shards_parameters
+from lightning_mp.callbacks.step_values import StepValues
 from lightning_mp.errors import OverflowFoundError, SettingValueError
 from lightning_mp.grad_scaler import gradient_amaxes, supports_skip_on_device
 from lightning_mp.loss_scale import DynamicLossScale
@@ -118,6 +119,7 @@ class OverflowMonitor(Callback):
         self._has_applied = False
         self._alarmed: set[tuple[str, str, str]] = set()
         self._unlogged: dict[str, float] = {}
+        self._values = StepValues()
 
     def __getstate__(self) -> dict[str, Any]:
         # The copy that a launcher or deepcopy makes listens to nothing until it trains.
@@ -251,17 +253,14 @@ class OverflowMonitor(Callback):
         # Validation changes the mode of the modules and takes no gradients.
         if self._has_validation and _validates_next(trainer):
             self._settle()
+        if self._values.keys:
+            self._values.drop(trainer)
         if self._unlogged:
-            self._log(pl_module)
+            self._values.log(pl_module, self._unlogged, logger=False)
+            self._unlogged.clear()
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._window.drop_running()
-
-    def _log(self, pl_module: LightningModule) -> None:
-        for name, count in self._unlogged.items():
-            # Without a batch size Lightning would look for one in the batch, and refuse dataloader_iter.
-            pl_module.log(name, count, on_step=True, on_epoch=False, logger=False, batch_size=1)
-        self._unlogged.clear()
 
     def _settle(self) -> None:
         if self._plugin is not None:
