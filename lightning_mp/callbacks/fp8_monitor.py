@@ -9,6 +9,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lightning_mp.callbacks.event_log import EventLog, gather_events
 from lightning_mp.callbacks.pictures import save_picture
+from lightning_mp.callbacks.step_values import StepValues
 from lightning_mp.errors import SettingTypeError, SettingValueError
 from lightning_mp.fp8 import FP8Engine, OperandStatistics
 from lightning_mp.metrics import FP8LayerStats
@@ -54,7 +55,8 @@ class FP8Monitor(Callback):
     measured; the output gradient of a layer with a bias, whose cast it does not show, is cast a second time with
     the emulated recipe. Emulated layers inside ``torch.compile`` are not measured.
 
-    Logged at measured steps, the worst over layers and operands:
+    Each measured value goes to the loggers once, with the step it was measured at, whatever
+    ``log_every_n_steps`` is, and to ``trainer.callback_metrics``: the worst over layers and operands.
 
     - ``fp8/saturated``, ``fp8/flushed``: shares of nonzero elements (0 to 1).
     - ``fp8/sqnr_db``: signal-to-quantization-noise ratio in dB.
@@ -102,6 +104,7 @@ class FP8Monitor(Callback):
         self.plot = plot
         self.event_log = EventLog("fp8", dirpath)
         self.history: list[FP8Record] = []
+        self._values = StepValues()
         self._unhealthy: dict[str, int] = {}
         self._measured_step: int | None = None
         self._next_step = 0
@@ -138,6 +141,8 @@ class FP8Monitor(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        if self._values.keys:
+            self._values.drop(trainer)
         engine, step = _engine(trainer), self._measured_step
         if engine is None or step is None or trainer.global_step <= step:
             return
@@ -152,17 +157,16 @@ class FP8Monitor(Callback):
             record = FP8Record(step=step, **vars(row), demoted=row.fqn in demoted)
             self.history.append(record)
             self.event_log.append(record)
-        pl_module.log_dict(
-            {
-                "fp8/saturated": max(row.saturated for row in found),
-                "fp8/flushed": max(row.flushed for row in found),
-                "fp8/sqnr_db": min(row.sqnr_db for row in found),
-                "fp8/demoted_layers": float(len(engine.demoted)),
-            },
-            on_step=True,
-            on_epoch=False,
-            batch_size=1,  # else Lightning would look for one in the batch, and refuse dataloader_iter
-        )
+        values = {
+            "fp8/saturated": max(row.saturated for row in found),
+            "fp8/flushed": max(row.flushed for row in found),
+            "fp8/sqnr_db": min(row.sqnr_db for row in found),
+            "fp8/demoted_layers": float(len(engine.demoted)),
+        }
+        # At once: log steps would write what was measured last, or nothing.
+        for logger in trainer.loggers:
+            logger.log_metrics(dict(values), step=step)
+        self._values.log(pl_module, values, logger=False)
 
     def _judge(self, engine: FP8Engine, found: list[OperandStatistics]) -> set[str]:
         """Count unhealthy measurements in a row, and move the layers whose count is full."""

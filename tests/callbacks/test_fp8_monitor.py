@@ -1,7 +1,9 @@
 """FP8Monitor measures at the steps asked for, and moves a layer that stays unhealthy back to 16 bits."""
 
+import csv
 import logging
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -236,6 +238,21 @@ def test_worst_values_are_logged_and_the_picture_lies_beside_the_log(tmp_path) -
     assert {"fp8/saturated", "fp8/flushed", "fp8/sqnr_db", "fp8/demoted_layers"} <= set(logged[0].split(","))
     assert (tmp_path / "lightning_logs/version_0/fp8.png").stat().st_size > 1000
     assert (tmp_path / "lightning_logs/version_0/fp8.jsonl").exists()
+
+
+@pytest.mark.parametrize(("every_n_steps", "log_every_n_steps"), [(1, 50), (2, 3), (3, 2), (2, 2)])
+def test_each_measured_value_is_in_the_logger_once_at_its_own_step(tmp_path, every_n_steps, log_every_n_steps) -> None:
+    monitor = FP8Monitor(every_n_steps, plot=False)
+    logger = CSVLogger(tmp_path)
+    run = fit(Net(), monitor, logger=logger, log_every_n_steps=log_every_n_steps)
+    with Path(logger.log_dir, "metrics.csv").open() as file:
+        rows = [(int(row["step"]), float(row["fp8/sqnr_db"])) for row in csv.DictReader(file) if row["fp8/sqnr_db"]]
+    # Of the history, which holds every layer and operand, the worst of each measured step.
+    worst = {}
+    for record in monitor.history:
+        worst[record.step] = min(record.sqnr_db, worst.get(record.step, float("inf")))
+    assert rows == [(step, worst[step]) for step in range(0, 6, every_n_steps)]
+    assert run.callback_metrics["fp8/sqnr_db"] == pytest.approx(rows[-1][1], rel=1e-6)  # in FP32 there
 
 
 def test_run_without_fp8_is_left_alone_and_told(caplog) -> None:
