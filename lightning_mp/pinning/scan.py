@@ -2,18 +2,22 @@
 
 import functools
 import inspect
+import sys
+import sysconfig
 from collections.abc import Container, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from types import BuiltinFunctionType, CodeType, FunctionType, MethodDescriptorType, MethodType, ModuleType
 from typing import Any
 
 from torch import nn
 
-__all__ = ["Mentions", "find_mentions", "holds_any"]
+__all__ = ["Mentions", "find_mentions", "find_mentions_in", "holds_any", "is_other_peoples"]
 
 # Helpers in these packages are torch's own or never reach a pinned function on the user's behalf.
 _OTHER_PEOPLES_PACKAGES = frozenset({"torch", "torchmetrics", "lightning", "pytorch_lightning", "numpy", "builtins"})
+_STANDARD_LIBRARY = sysconfig.get_path("stdlib")
 # What torch's functions are: written in C++ or Python, or methods of Tensor.
 _CALLABLE_TYPES = (BuiltinFunctionType, FunctionType, MethodDescriptorType)
 
@@ -25,10 +29,12 @@ class Mentions:
     Args:
         is_found: Whether it uses one of the functions that were looked for.
         names: All names in that code; those of attributes of the instance are for ``holds_any``.
+        objects: What that code names of the user's that is no code itself, such as a global object.
     """
 
     is_found: bool
     names: frozenset[str]
+    objects: tuple[Any, ...] = ()
 
 
 def find_mentions(cls: type, method: str, names: frozenset[str], functions: Container[Any] = ()) -> Mentions:
@@ -49,6 +55,11 @@ def find_mentions(cls: type, method: str, names: frozenset[str], functions: Cont
     return _Search(names, functions, cls).follow(_methods(cls, method))
 
 
+def find_mentions_in(value: Any, names: frozenset[str]) -> Mentions:
+    """Tell what a function, or what wraps one, mentions, as ``find_mentions`` does for a method."""
+    return _Search(names, ()).follow([], [value])
+
+
 def holds_any(value: Any, names: frozenset[str], functions: Container[Any]) -> bool:
     """Tell whether ``value`` is one of these functions, or calls or holds one, as an attribute of a module may."""
     return _Search(names, functions).follow([], [value]).is_found
@@ -61,6 +72,7 @@ class _Search:
         self._names = names
         self._functions = functions
         self._cls = cls
+        self._objects: list[Any] = []
 
     def follow(self, functions: Iterable[FunctionType], values: Iterable[Any] = ()) -> Mentions:
         todo, found = list(functions), self._open(values)
@@ -69,7 +81,7 @@ class _Search:
         while found is not None:
             todo += found
             if not todo:
-                return Mentions(False, frozenset(mentioned))
+                return Mentions(False, frozenset(mentioned), tuple(self._objects))
             function = todo.pop()
             found = []
             if function.__code__ in seen:
@@ -78,7 +90,7 @@ class _Search:
             here = set(_names(function.__code__))
             mentioned |= here
             found = None if here & self._names else self._open(self._values(function, here))
-        return Mentions(True, frozenset(mentioned))
+        return Mentions(True, frozenset(mentioned), tuple(self._objects))
 
     def _values(self, function: FunctionType, mentioned: set[str]) -> Iterator[Any]:
         for name in mentioned:
@@ -90,6 +102,8 @@ class _Search:
         """Return the functions among ``values`` that are to be read; ``None`` if one is looked for."""
         found: list[FunctionType] = []
         for value in values:
+            if not _may_be_code(type(value)) and not is_other_peoples(type(value).__module__):
+                self._objects.append(value)
             for item in _contents(value):
                 if _is_in(item, self._functions):
                     return None
@@ -153,7 +167,7 @@ def _names(code: CodeType) -> Iterator[str]:
 def _definitions(cls: type, name: str) -> Iterator[Any]:
     """Yield what ``name`` is in the classes of the user."""
     for owner in cls.__mro__:
-        if owner is not nn.Module and name in vars(owner) and not _is_other_peoples(owner.__module__):
+        if owner is not nn.Module and name in vars(owner) and not is_other_peoples(owner.__module__):
             yield vars(owner)[name]
 
 
@@ -166,7 +180,7 @@ def _functions(value: Any) -> Iterator[FunctionType]:
     if _is_a(value, property):
         value = _slot(property, "fget", value)
     value = _unwrapped(_inside(value))
-    if type(value) is FunctionType and not _is_other_peoples(value.__module__):
+    if type(value) is FunctionType and not is_other_peoples(value.__module__):
         yield value
 
 
@@ -192,7 +206,7 @@ def _named_values(function: FunctionType, mentioned: set[str]) -> Iterator[Any]:
             continue
         # Past a lazy module's own look-up, which would import it.
         members = _slot(ModuleType, "__dict__", value)
-        if not _is_other_peoples(members.get("__name__")):
+        if not is_other_peoples(members.get("__name__")):
             yield from (members.get(attribute) for attribute in mentioned)
     yield from function.__defaults__ or ()
     yield from (function.__kwdefaults__ or {}).values()
@@ -202,6 +216,20 @@ def _named_values(function: FunctionType, mentioned: set[str]) -> Iterator[Any]:
             yield cell.cell_contents
 
 
-def _is_other_peoples(module_name: Any) -> bool:
+def is_other_peoples(module_name: Any) -> bool:
+    """Tell whether this is the name of a module whose code is not read."""
     # A class or function may call its module anything, also None.
-    return type(module_name) is str and module_name.partition(".")[0] in _OTHER_PEOPLES_PACKAGES
+    if type(module_name) is not str:
+        return False
+    package = module_name.partition(".")[0]
+    return package in _OTHER_PEOPLES_PACKAGES or _is_standard(package)
+
+
+@functools.cache
+def _is_standard(package: str) -> bool:
+    """Tell whether a package is Python's own, and no module of the user's by its name, such as ``code.py``."""
+    if package not in sys.stdlib_module_names:
+        return False
+    module = sys.modules.get(package)
+    file = _slot(ModuleType, "__dict__", module).get("__file__") if _is_a(module, ModuleType) else None
+    return file is None or Path(file).is_relative_to(_STANDARD_LIBRARY)

@@ -4,44 +4,13 @@ from collections.abc import Callable
 
 import torch
 from lightning.pytorch import LightningModule
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_mp.casting import is_autocast_cache_safe
-from lightning_mp.pinning.scan import find_mentions, holds_any
 from lightning_mp.precision.notices import notice
+from lightning_mp.precision.weight_writes import may_write_weights
 
-__all__ = ["SharedCasts", "may_write_weights"]
-
-# They change no values.
-_HARMLESS = frozenset(
-    {"requires_grad_", "detach_", "squeeze_", "unsqueeze_", "t_", "transpose_", "swapaxes_", "as_strided_"}
-)
-# What code that writes weights calls: methods in place, the ways past autograd, and the parameters themselves,
-# which `param += step` writes without a name.
-_WRITERS = frozenset(
-    {"data", "load_state_dict", "vector_to_parameters", "swap_tensors", "parameters", "named_parameters"}
-    | {name for space in (Tensor, torch, nn.init) for name in dir(space) if name.endswith("_") and name[-2:] != "__"}
-    - _HARMLESS
-)
-
-
-def may_write_weights(module: LightningModule) -> bool:
-    """Tell from the code of ``training_step``, and of what it names, whether it may write weights.
-
-    It may say yes where it writes activations only, which costs memory and never accuracy.
-    """
-    cls = type(module)
-    found = find_mentions(cls, "training_step", _WRITERS)
-    if found.is_found:
-        return True
-    held = {**vars(module), **module._modules}
-    for value in (held[name] for name in found.names & held.keys()):
-        # An object of the user's, such as one that perturbs the weights, by those of its methods that are named.
-        if any(find_mentions(type(value), name, _WRITERS).is_found for name in found.names):
-            return True
-        if not isinstance(value, nn.Module) and holds_any(value, _WRITERS, ()):
-            return True
-    return False
+__all__ = ["SharedCasts"]
 
 
 class SharedCasts:

@@ -1,16 +1,21 @@
 """Forwards of one training_step share the casts of its weights, unless the step writes weights."""
 
 import logging
+import re
+from collections import OrderedDict
+from types import SimpleNamespace
+from typing import Any, ClassVar
+from weakref import WeakValueDictionary
 
 import pytest
 import torch
 import torch.nn.functional as F
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_mp import MixedPrecision
-from lightning_mp.precision.shared_casts import may_write_weights
+from lightning_mp.precision.weight_writes import may_write_weights
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -95,6 +100,134 @@ class LaterBranch(Writes):
             self.net.weight.data.add_(1.0)
 
 
+class Shift(nn.Module):
+    """An algorithm as a module, which writes past the version of the tensor."""
+
+    def __init__(self, net: nn.Linear) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self) -> None:
+        self.add()
+
+    def add(self) -> None:
+        self.net.weight.data.add_(1.0)
+
+
+class Tool:
+    """An object of the user's that may hold another one."""
+
+    def __init__(self, inner: Any = None) -> None:
+        self.inner = inner
+
+    def run(self, net: nn.Linear) -> None:
+        if self.inner is not None:
+            self.inner.run(net)
+        else:
+            net.weight.data += 1.0
+
+
+TOOL = Tool()
+
+
+class ShiftCallback(Callback):
+    def shift(self, net: nn.Linear) -> None:
+        net.weight.data = net.weight + 1.0
+
+
+class InModule(Writes):
+    def __init__(self) -> None:
+        super().__init__()
+        self.shift = Shift(self.net)
+
+    def change(self) -> None:
+        self.shift()
+
+
+class InMethodOfModule(InModule):
+    def change(self) -> None:
+        shift = self.shift
+        shift.add()
+
+
+class InNestedObject(Writes):
+    def __init__(self) -> None:
+        super().__init__()
+        self.tool = Tool(SimpleNamespace(run=Tool().run))
+
+    def change(self) -> None:
+        self.tool.run(self.net)
+
+
+class InContainer(Writes):
+    def __init__(self) -> None:
+        super().__init__()
+        self.tools = OrderedDict(first=[Tool()])
+
+    def change(self) -> None:
+        for tool in self.tools["first"]:
+            tool.run(self.net)
+
+
+class InGlobalObject(Writes):
+    def change(self) -> None:
+        TOOL.run(self.net)
+
+
+class InHook(Writes):
+    def __init__(self) -> None:
+        super().__init__()
+        self.is_due = False
+        tool = Tool()
+
+        def write_if_due(module: nn.Module, args: Any) -> None:
+            if self.is_due:
+                tool.run(module)
+                self.is_due = False
+
+        self.net.register_forward_pre_hook(write_if_due)
+
+    def change(self) -> None:
+        self.is_due = True
+
+
+class Noisy(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        self.weight.data += 1.0
+        return super().forward(x)
+
+
+class InForward(Writes):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = Noisy(8, 2, bias=False)
+
+    def change(self) -> None:
+        pass
+
+
+class InCallback(Writes):
+    def configure_callbacks(self) -> list[Callback]:
+        return [ShiftCallback()]
+
+    def change(self) -> None:
+        for callback in self.trainer.callbacks:
+            if isinstance(callback, ShiftCallback):
+                callback.shift(self.net)
+
+
+PAST_VERSIONS = [
+    InModule,
+    InMethodOfModule,
+    InNestedObject,
+    InContainer,
+    InGlobalObject,
+    InHook,
+    InForward,
+    InCallback,
+]
+
+
 class Unnamed(Writes):
     """Writes by an operator, which leaves no name in the code."""
 
@@ -125,7 +258,8 @@ def train(model: LightningModule, precision: str) -> None:
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 @pytest.mark.parametrize(
-    "cls", [InPlace, PastAutograd, NewMemory, Loads, OverParameters, InFunction, InObject, LaterBranch]
+    "cls",
+    [InPlace, PastAutograd, NewMemory, Loads, OverParameters, InFunction, InObject, LaterBranch, *PAST_VERSIONS],
 )
 def test_weight_written_in_a_step_is_what_its_next_forward_uses(cls, precision, caplog) -> None:
     model = cls()
@@ -183,6 +317,19 @@ class OnlyReads(LightningModule):
         return loss
 
 
+class Named(nn.Linear):
+    """Calls Python's own modules, whose code says ``data`` too: weakref and re."""
+
+    kept: ClassVar[WeakValueDictionary[str, nn.Module]] = WeakValueDictionary()
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.kept[re.sub("a", "b", "a")] = self
+        return super().forward(x)
+
+
 def test_code_that_only_reads_weights_is_not_taken_for_a_writer() -> None:
     assert not may_write_weights(OnlyReads())
+    with_names = OnlyReads()
+    with_names.net = nn.Sequential(Named(8, 8), nn.Transformer(8, 2, 1, 1, 8, batch_first=True))
+    assert not may_write_weights(with_names)
     assert all(may_write_weights(cls()) for cls in (InPlace, PastAutograd, Loads, OverParameters, InFunction, InObject))
