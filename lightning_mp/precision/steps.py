@@ -12,10 +12,15 @@ from torch.nn import Parameter
 from lightning_mp.errors import LightningMPError, LossScaleError, OverflowFoundError
 from lightning_mp.grad_scaler import Readback
 from lightning_mp.loss_scale import DynamicLossScale, LossScaleRule
+from lightning_mp.precision.notices import notice
 
 __all__ = ["Attempt", "StepLedger", "StepReport"]
 
 log = logging.getLogger(__name__)
+
+# So many skipped steps in a row are said, where no loss scale explains them.
+STREAK = 20
+_GONE = "a parameter whose gradient is gone by now (OverflowMonitor() names it)"
 
 
 @dataclass(frozen=True)
@@ -99,6 +104,7 @@ class StepLedger:
         self.skipped_steps = 0
         self.consecutive_skips = 0
         self.floor_overflows = 0
+        self._has_told_skip = self._has_told_streak = False
         self._last: Attempt | StepReport | None = None
         self.pending: Attempt | None = None
         self.latest: dict[int, Attempt] = {}
@@ -126,6 +132,7 @@ class StepLedger:
         if step == 0:
             self.applied_steps = self.skipped_steps = self.consecutive_skips = self.floor_overflows = 0
             self._last = None
+            self._has_told_skip = self._has_told_streak = False
 
     @property
     def last_step(self) -> StepReport | None:
@@ -223,7 +230,9 @@ class StepLedger:
         if failures:
             raise failures[0]
         if report.found_inf:
-            self._stop_if_asked(attempt, report, next((c for c in culprits if c), None))
+            culprit = next((c for c in culprits if c), None)
+            self._stop_if_asked(attempt, report, culprit)
+            self._tell_skip(attempt, report, culprit)
         return report
 
     def _count_applied(self, attempt: Attempt) -> None:
@@ -247,9 +256,34 @@ class StepLedger:
             self.floor_overflows = self.floor_overflows + 1 if at_floor else 0
         return report
 
+    def _is_explained(self, report: StepReport) -> bool:
+        """Tell whether the overflow is one that a dynamic scale looks for."""
+        return isinstance(self.rule, DynamicLossScale) and not report.loss_nonfinite
+
+    def _tell_skip(self, attempt: Attempt, report: StepReport, culprit: str | None) -> None:
+        """Say the first skip that no scale explains, and a streak of them: no run stands still unseen."""
+        if not report.skipped or self._is_explained(report):
+            return
+        if not self._has_told_skip:
+            self._has_told_skip = True
+            # Settled later, the gradients that are there now are those of another batch.
+            is_here = attempt.readback is None or attempt.amaxes is not None
+            where = culprit or (self._first_parameter(attempt) if is_here else _GONE)
+            notice(
+                f"step {report.step} has Inf or NaN gradients, first in {where}, and its update was left out "
+                f"(on_nonfinite='skip'). {self._loss_sentence(report)} Further ones are counted in "
+                "plugin.skipped_steps."
+            )
+        if self.consecutive_skips >= STREAK and not self._has_told_streak:
+            self._has_told_streak = True
+            notice(
+                f"{self.consecutive_skips} steps in a row had Inf or NaN gradients and were left out: nothing is "
+                "learned. Gradients are judged before on_before_optimizer_step and clipping: code that repairs them "
+                "belongs into on_after_backward, or needs on_nonfinite='ignore'. OverflowMonitor() names the module."
+            )
+
     def _stop_if_asked(self, attempt: Attempt, report: StepReport, culprit: str | None) -> None:
-        explained = isinstance(self.rule, DynamicLossScale) and not report.loss_nonfinite
-        if self.on_nonfinite == "raise" and not explained:
+        if self.on_nonfinite == "raise" and not self._is_explained(report):
             raise OverflowFoundError(
                 f"on_nonfinite='raise': step {report.step} has Inf or NaN gradients, first in "
                 f"{culprit or self._first_parameter(attempt)}. {self._loss_sentence(report)} The update was not "
@@ -263,7 +297,7 @@ class StepLedger:
             )
 
     def _first_parameter(self, attempt: Attempt) -> str:
-        return self.name_parameter(attempt) or "a parameter whose gradient is gone by now (OverflowMonitor() names it)"
+        return self.name_parameter(attempt) or _GONE
 
     def _loss_sentence(self, report: StepReport) -> str:
         if report.loss_nonfinite and self.rule is None:

@@ -25,6 +25,20 @@ OPTIMIZERS = [
 ]
 
 
+class OverflowsInBackward(Regression):
+    """Has a finite loss with infinite gradients at the bad batches."""
+
+    def __init__(self, bad, *, fused):
+        super().__init__(fused=fused)
+        self.bad = bad
+
+    def training_step(self, batch, batch_idx):
+        loss = self.loss(batch)
+        if batch_idx in self.bad:
+            loss.register_hook(lambda grad: grad * INF)
+        return loss
+
+
 def plain_loop(model, data, *, clip=None, dtype=None, scheduler=None):
     """Train by hand in plain torch: the oracle of a run that never saw the bad batches."""
     optimizer = model.optimizer_class(model.parameters(), **model.settings)
@@ -735,6 +749,37 @@ def test_optimizer_that_declares_its_repeated_closure_trains_as_without_the_plug
     trainer(None).fit(lightnings, batches())
     for mine, theirs in zip(weights(ours), weights(lightnings), strict=True):
         assert torch.equal(mine, theirs)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize(
+    ("plugin", "is_said"),
+    [
+        (MixedPrecision("fp32"), True),
+        (MixedPrecision("bf16"), True),
+        (MixedPrecision("fp16", loss_scale=8.0), True),
+        (MixedPrecision("fp16", loss_scale={"floor_patience": 50}), False),
+        (MixedPrecision("bf16", on_nonfinite="ignore"), False),
+    ],
+)
+def test_first_skip_and_first_streak_of_skips_are_said_where_no_scale_explains_them(plugin, is_said, fused, caplog):
+    caplog.set_level("INFO")
+    bad = dict.fromkeys([2, *range(4, 40)], INF)
+    # A scale explains an infinite gradient of a finite loss, which a factor on the loss does not give.
+    run = trainer(plugin, limit_train_batches=40)
+    run.fit(OverflowsInBackward(bad, fused=fused), batches(40))
+    single = caplog.text.count("step 2 has Inf or NaN gradients, first in")
+    streak = caplog.text.count("20 steps in a row had Inf or NaN gradients and were left out")
+    assert (single, streak) == (int(is_said), int(is_said))
+    assert caplog.text.count("has Inf or NaN gradients") == single
+
+
+def test_skip_is_said_again_in_another_run(caplog):
+    caplog.set_level("INFO")
+    plugin = MixedPrecision("bf16")
+    for _ in range(2):
+        trainer(plugin).fit(Regression(factors={1: INF}), batches())
+    assert caplog.text.count("step 1 has Inf or NaN gradients, first in layer.") == 2
 
 
 def test_listeners_see_every_settled_step_in_order_and_can_leave():
