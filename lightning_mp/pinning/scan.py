@@ -139,6 +139,10 @@ def _may_be_code(cls: type) -> bool:
     return issubclass(cls, (property, staticmethod, classmethod)) or any("__call__" in vars(c) for c in cls.__mro__)
 
 
+def _binds(cls: type) -> bool:
+    return any("__get__" in vars(c) for c in cls.__mro__)
+
+
 def _inside(value: Any) -> Any:
     """Return what partials and wrappers around functions hold; each once, since they may hold themselves."""
     seen: set[int] = set()
@@ -187,8 +191,8 @@ def _functions(value: Any) -> Iterator[FunctionType]:
 def _unwrapped(value: Any) -> Any:
     """Return what decorators wrapped; where they wrap each other, the last one before it starts again."""
     seen: set[int] = set()
-    # Whether it can be called is a question to its type.
-    while callable(value) and id(value) not in seen:
+    # Whether it can be called, or bound to an object, is a question to its type.
+    while (callable(value) or _binds(type(value))) and id(value) not in seen:
         seen.add(id(value))
         wrapped = inspect.getattr_static(value, "__wrapped__", None)
         if wrapped is None or id(wrapped) in seen:

@@ -33,7 +33,8 @@ class SharedCasts:
             # An embedding with a largest norm writes its weight itself, and autocast does not cast it.
             if getattr(child, "max_norm", None) is None
             for weight in child.parameters(recurse=False)
-            if weight.dtype is torch.float32 and not nn.parameter.is_lazy(weight)
+            # What was made in inference mode has no version, and cannot be written outside of it.
+            if weight.dtype is torch.float32 and not nn.parameter.is_lazy(weight) and not weight.is_inference()
         ]
         self._on_end = on_end
         self._versions = 0

@@ -50,8 +50,8 @@ def may_write_weights(module: LightningModule) -> bool:
     read for any write. What it reaches further down, the forwards of modules, hooks and objects in objects, is read
     for writes through ``.data`` alone: others raise the version of the weight, and are found when they happen.
     """
-    cls = type(module)
-    found = find_mentions(cls, "training_step", _WRITERS)
+    own = vars(module).get("training_step")
+    found = find_mentions(type(module), "training_step", _WRITERS) if own is None else find_mentions_in(own, _WRITERS)
     if found.is_found:
         return True
     held = {**vars(module), **module._modules}
@@ -71,6 +71,9 @@ def _may_write_past_versions(module: LightningModule, found: Mentions) -> bool:
     seen: set[int] = set()
     methods: dict[type, set[str]] = {}
     known, read = found.names | _CALLS, set[tuple[type, str]]()
+    if "getattr" in known:
+        # A step may be chosen by a name that is put together: any method of the user's but the hooks.
+        known |= _methods_of(type(module)) - set(dir(LightningModule))
     kept = []  # what is gone could lend its id to another object
     while todo:
         reached = list(_reachable(todo, seen))

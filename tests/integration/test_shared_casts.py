@@ -1,9 +1,10 @@
 """Forwards of one training_step share the casts of its weights, unless the step writes weights."""
 
+import functools
 import logging
 import re
 from collections import OrderedDict
-from types import SimpleNamespace
+from types import MethodType, SimpleNamespace
 from typing import Any, ClassVar
 from weakref import WeakValueDictionary
 
@@ -216,7 +217,39 @@ class InCallback(Writes):
                 callback.shift(self.net)
 
 
+class ByName(Writes):
+    def change(self) -> None:
+        getattr(self, "_".join(["change", "weight"]))()
+
+    def change_weight(self) -> None:
+        self.net.weight.data += 1.0
+
+
+class Bound:
+    """A decorator that is a descriptor and cannot be called itself."""
+
+    def __init__(self, function: Any) -> None:
+        functools.update_wrapper(self, function)
+
+    def __get__(self, instance: Any, owner: Any = None) -> Any:
+        return self if instance is None else MethodType(self.__wrapped__, instance)
+
+
+class Described(PastAutograd):
+    training_step = Bound(PastAutograd.training_step)
+
+
+class OnInstance(Writes):
+    def __init__(self) -> None:
+        super().__init__()
+        self.training_step = MethodType(PastAutograd.training_step, self)
+        self.change = MethodType(PastAutograd.change, self)
+
+
 PAST_VERSIONS = [
+    ByName,
+    Described,
+    OnInstance,
     InModule,
     InMethodOfModule,
     InNestedObject,
@@ -267,6 +300,28 @@ def test_weight_written_in_a_step_is_what_its_next_forward_uses(cls, precision, 
         train(model, precision)
     assert_last_forward_used_the_weight(model, DTYPES[precision], steps=range(4))
     assert "wrote weights" not in caplog.text
+
+
+def test_frozen_teacher_from_inference_mode_is_no_obstacle() -> None:
+    class Student(OnlyReads):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = nn.Linear(8, 2, bias=False)
+            with torch.inference_mode():
+                self.teacher = nn.Linear(8, 2).requires_grad_(False)
+
+        def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+            with torch.no_grad():
+                target = self.teacher(batch)
+            return F.mse_loss(self.net(batch), target)
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.net.parameters(), lr=0.1)
+
+    model = Student()
+    before = model.net.weight.detach().clone()
+    train(model, "bf16")
+    assert not torch.equal(model.net.weight, before)
 
 
 def test_write_without_a_name_is_said_and_used_from_the_next_step_on(caplog) -> None:
