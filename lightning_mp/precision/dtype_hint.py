@@ -13,21 +13,29 @@ __all__ = ["add_dtype_hint", "add_hint"]
 # Torch writes c10::BFloat16, CPUBFloat16Type, torch.bfloat16, Half; float, Float, torch.float32, Double.
 _NARROW = re.compile(r"bfloat16|float16|\bhalf\b|HalfT", re.IGNORECASE)
 _WIDE = re.compile(r"\b(torch\.)?(float|double)(32|64)?\b", re.IGNORECASE)
+# What an operation says that has no 16-bit version: torch.linalg, torch.fft, cdist, Tensor.numpy.
+_UNSUPPORTED = re.compile(
+    r"(low precision dtypes not supported|not implemented for|unsupported (scalartype|dtype)|scalar type:)"
+    r".*(bfloat16|half)",
+    re.IGNORECASE,
+)
 # CPU norms and embedding_bag name one dtype or none.
 _OTHER_WORDS = ("mixed dtype (CPU)", "to have the same type as tensor for argument", "to be equal to src.dtype")
 
 
 def add_dtype_hint(error: BaseException | None, module: nn.Module | None, master_weights: str) -> None:
-    """Add to a ``RuntimeError`` of torch about a 16-bit and a wider dtype that 16-bit weights may be its cause.
+    """Add to an error of torch about a 16-bit and a wider dtype that 16-bit weights may be its cause.
 
     Args:
         error: What ended the run; anything else than such an error is left alone.
         module: The root, to name the module in whose forward the error was raised.
         master_weights: The mode.
     """
-    if not isinstance(error, RuntimeError) or isinstance(error, LightningMPError):
+    if not isinstance(error, (RuntimeError, TypeError)) or isinstance(error, LightningMPError):
         return
-    if not _is_about_dtypes(str(error)):
+    text = str(error)
+    # Of TypeErrors only torch's own, as of Tensor.numpy.
+    if not (_UNSUPPORTED.search(text) or (isinstance(error, RuntimeError) and _is_about_dtypes(text))):
         return
     name = _module_of(error.__traceback__, module)
     inner = None if name is None or module is None else module.get_submodule(name)
