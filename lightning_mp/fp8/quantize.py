@@ -28,9 +28,6 @@ BLOCK_SIZE = 128
 
 # Of an FP32 number: all but the 23 bits of the mantissa.
 _SIGN_AND_EXPONENT = -(2**FP32.mantissa_bits)
-# Two operands of E5M2 at its maximum, 2**16, times this and less than twice it, are 2**114: 2**14 of them still have
-# a sum in FP32. Smaller scales are left as they are, so that no product of small numbers is lost.
-_LARGEST_SCALE_INV = 2.0**40
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,7 +69,10 @@ class Quantized:
         if self.scale_inv.shape[summed] == 0:
             return self.data.float(), self.scale_inv.new_ones(())
         largest = self.scale_inv.amax(summed, keepdim=True)
-        factor = (_power_of_two_below(largest) / _LARGEST_SCALE_INV).clamp(min=1.0)
+        # Two operands of E5M2 at its maximum, 2**16, times 2**40 and less than twice it, are 2**114: 2**14 of them
+        # still have a sum in FP32. Smaller scales are left as they are, so that no product of small numbers is lost.
+        # Written here, the number is a constant to the compiler; a global one is a symbol under dynamic=True.
+        factor = (_power_of_two_below(largest) / 2.0**40).clamp(min=1.0)
         matrix = self.data.float() * self._spread(self.scale_inv / factor)
         kept = 1 - summed
         return matrix, factor.flatten().repeat_interleave(self.block[kept])[: self.data.shape[kept]]
@@ -107,7 +107,7 @@ def _magnitude(x: Tensor) -> Tensor:
 
 
 def scale_from_amax(
-    amax: Tensor, dtype: torch.dtype, settings: QuantizationSettings, *, value_for_inf: float = FP32.max
+    amax: Tensor, dtype: torch.dtype, settings: QuantizationSettings, *, dtype_for_inf: torch.dtype = torch.float32
 ) -> Tensor:
     """Return the factor that moves ``amax`` to the largest magnitude of ``dtype``.
 
@@ -115,8 +115,8 @@ def scale_from_amax(
         amax: FP32, any shape.
         dtype: FP8 dtype.
         settings: Smallest amax, and whether the scale is lowered to a power of two.
-        value_for_inf: What stands for a scale beyond FP32; block scaling takes the maximum of the
-            quantized tensor's dtype.
+        dtype_for_inf: Whose maximum stands for a scale beyond FP32; block scaling takes the quantized
+            tensor's. No number: what is no constant in the code is a symbol under ``torch.compile(dynamic=True)``.
 
     Returns:
         FP32 scales of the shape of ``amax``. An amax of zero, infinity or NaN gives 1.
@@ -125,10 +125,11 @@ def scale_from_amax(
         >>> scale_from_amax(torch.tensor([7.0, 0.0, torch.inf]), torch.float8_e4m3fn, QuantizationSettings())
         tensor([64.,  1.,  1.])
     """
-    amax = torch.where(amax < settings.amax_epsilon, settings.amax_epsilon, amax).float()
+    epsilon = float(settings.epsilon_text)
+    amax = torch.where(amax < epsilon, epsilon, amax).float()
     # A number divided by a tensor is reciprocal times number in torch, which rounds twice.
     scale = torch.full_like(amax, torch.finfo(dtype).max) / amax
-    scale = torch.where(torch.isinf(scale), value_for_inf, scale)
+    scale = torch.where(torch.isinf(scale), torch.finfo(dtype_for_inf).max, scale)
     if settings.power_2_scale:
         scale = _power_of_two_below(scale)
     return torch.where((amax > 0) & torch.isfinite(amax), scale, 1.0)
@@ -174,7 +175,7 @@ def quantize_blocks(x: Tensor, block: tuple[int, int], dtype: torch.dtype, setti
         dtype: FP8 dtype.
         settings: How scales are computed.
     """
-    scale = scale_from_amax(_block_amax(x, block), dtype, settings, value_for_inf=torch.finfo(x.dtype).max)
+    scale = scale_from_amax(_block_amax(x, block), dtype, settings, dtype_for_inf=x.dtype)
     spread = spread_blocks(scale, block, (x.shape[0], x.shape[1]))
     return Quantized(cast_scaled(x.detach().float() * spread, dtype), scale.reciprocal(), block, scale)
 

@@ -58,8 +58,17 @@ class QuantizationSettings:
     power_2_scale: bool = False
     amax_epsilon: float = 0.0
 
+    def __post_init__(self) -> None:
+        self.__dict__["_text"] = repr(self.amax_epsilon)
 
-_POWER_OF_TWO = QuantizationSettings(power_2_scale=True)
+    @property
+    def epsilon_text(self) -> str:
+        """``amax_epsilon`` for code that is compiled: a number is a symbol under ``torch.compile(dynamic=True)``."""
+        text: str = self.__dict__["_text"]
+        return text
+
+
+_PLAIN, _POWER_OF_TWO = QuantizationSettings(), QuantizationSettings(power_2_scale=True)
 
 
 @dataclass(frozen=True)
@@ -85,7 +94,7 @@ class CurrentScaling:
     def quantization(self, operand: Operand) -> QuantizationSettings:
         """Return how the scale of ``operand`` is computed."""
         chosen = _by_operand(self, operand)
-        return QuantizationSettings(power_2_scale=self.use_power_2_scales) if chosen is None else chosen
+        return (_POWER_OF_TWO if self.use_power_2_scales else _PLAIN) if chosen is None else chosen
 
 
 @dataclass(frozen=True)
@@ -141,7 +150,7 @@ class BlockScaling:
     def quantization(self, operand: Operand) -> QuantizationSettings:
         """Return how the scales of ``operand`` are computed."""
         chosen = _by_operand(self, operand)
-        return QuantizationSettings(power_2_scale=not self.use_f32_scales) if chosen is None else chosen
+        return (_PLAIN if self.use_f32_scales else _POWER_OF_TWO) if chosen is None else chosen
 
     def block_dim(self, operand: Operand) -> int:
         """Return 1 for blocks of 1x128 in ``operand``, 2 for 128x128."""

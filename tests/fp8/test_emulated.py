@@ -422,6 +422,28 @@ def test_compiled_layer_has_no_graph_break_and_the_same_numbers(recipe) -> None:
     assert torch.equal(weight_grad, layer.weight.grad)
 
 
+EPSILONS = {"name": "current", "fp8_quant_fwd_inp": {"amax_epsilon": 4.0}, "fp8_quant_bwd_grad": {"amax_epsilon": 8.0}}
+
+
+@pytest.mark.parametrize("recipe", ["current", "block", {"name": "current", "use_power_2_scales": True}, EPSILONS])
+def test_layers_compiled_for_any_size_have_no_graph_break_and_the_same_numbers(recipe) -> None:
+    # From two layers on torch (2.13) fails where a number in a graph of their products is a symbol.
+    model = nn.Sequential(fp8_layer(recipe), fp8_layer(recipe, size=(48, 64)))
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=True)
+    for num_rows in (4, 9):
+        x = torch.randn(num_rows, 32)
+        grad = torch.randn(num_rows, 64).bfloat16()
+        found = []
+        for each in (model, compiled):
+            a = x.clone().requires_grad_()
+            model.zero_grad()
+            found.append([run(each, a, grad), a.grad, *(layer.weight.grad for layer in model)])
+        assert len(found[0]) == 4
+        assert all(map(torch.equal, *found))
+    torch._dynamo.reset()
+
+
 class Stack(nn.Module):
     """Two layers with a nonlinearity between, recomputed in backward or not."""
 
