@@ -240,7 +240,7 @@ class MixedPrecision(TrainingHooks, FSDPPrecision):  # type: ignore[misc]  # Lig
         self._masters = self._masters or new_masters(self.policy)
         if self._masters is not None:
             convert_to_masters(self._masters, module, self._pinned_parameters())
-            if self._fp8 is not None:
+            if self._fp8 is not None and self._masters.mode != "none":
                 self._fp8.take_weights_from(self._masters.value_of)
 
     def _pinned_parameters(self) -> list[nn.Parameter]:

@@ -165,6 +165,21 @@ def test_exact_masters_feed_the_cast_rather_than_their_rounded_values() -> None:
     assert all(torch.equal(a, b) for a, b in zip(losses["copy"], losses["split"], strict=True))
 
 
+@pytest.mark.filterwarnings("ignore:master_weights='none'")  # said once per process
+@pytest.mark.parametrize("master_weights", ["params", "none"])
+def test_weights_without_masters_are_cast_without_a_copy_of_them(master_weights) -> None:
+    class Recording(Net):
+        def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+            self.seen.append(self.body[0]._fp8.settings.step.weight_source is None)
+            return super().training_step(batch, batch_idx)
+
+    model = Recording()
+    model.seen = []
+    fit(model, plugin(master_weights=master_weights))
+    assert model.seen
+    assert all(model.seen)
+
+
 def test_skipped_step_changes_no_weight_and_is_counted() -> None:
     model, precision = Net(bad=(2,)), plugin("delayed")
     fit(model, precision)
