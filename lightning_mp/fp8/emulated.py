@@ -59,6 +59,7 @@ class _BothWays:
 @dataclass(eq=False)
 class _CachedWeight:
     source: Tensor
+    version: int | None
     quantized: _BothWays
     is_recorded: bool
     """Whether its amax counts for delayed scaling; evaluation casts without."""
@@ -121,7 +122,7 @@ class EmulatedBackend(LayerBackend):
     def quantize_weight(self, weight: Tensor, *, is_recorded: bool) -> _BothWays:
         """Quantize the weight, or return what it was quantized to if not a bit of it has changed since.
 
-        The bits are compared, not a version counter: ``weight.data`` is a common way to write a
+        The bits are compared, not a version counter alone: ``weight.data`` is a common way to write a
         weight, and it leaves the counter as it was.
         """
         if torch.compiler.is_compiling() or not self.settings.cache_weights:
@@ -129,10 +130,11 @@ class EmulatedBackend(LayerBackend):
             return self.quantize(self._values_of(weight), "weight", is_recorded=is_recorded)
         # What evaluation casts in inference mode must serve a later training step too.
         with torch.inference_mode(False), torch.no_grad():
-            if self._cached is None or not is_same(self._cached.source, weight):
+            if self._cached is None or not self._is_of(self._cached, weight):
                 self._count_cast()
                 quantized = self.quantize(self._values_of(weight), "weight", is_recorded=is_recorded)
-                self._cached = _CachedWeight(weight.detach().clone(), quantized, is_recorded, self._is_measured())
+                source, version = weight.detach().clone(), _version_of(weight)
+                self._cached = _CachedWeight(source, version, quantized, is_recorded, self._is_measured())
             elif is_recorded and not self._cached.is_recorded:
                 self._record(self._values_of(weight), "weight")
                 self._cached.is_recorded = True
@@ -141,6 +143,11 @@ class EmulatedBackend(LayerBackend):
                 self._cached.is_measured = True
         return self._cached.quantized
 
+    def _is_of(self, cached: _CachedWeight, weight: Tensor) -> bool:
+        # A write of the same bits may have come with another master, as a load does.
+        is_written = self.settings.step.weight_source is not None and cached.version != _version_of(weight)
+        return is_same(cached.source, weight) and not is_written
+
     def _values_of(self, weight: Tensor) -> Tensor:
         if torch.compiler.is_compiling():
             if self.weight_key is None:
@@ -148,8 +155,7 @@ class EmulatedBackend(LayerBackend):
             # By its registered name: what defines it is loaded with the first engine that has masters.
             values: Tensor = torch.ops.lightning_mp.weight_values(weight, self.weight_key)
             return values
-        source = self.settings.step.weight_source
-        return source(weight) if source is not None and isinstance(weight, nn.Parameter) else weight
+        return self.values_of(weight)
 
     def _count_cast(self) -> None:
         if not torch.compiler.is_compiling():
@@ -164,6 +170,10 @@ class EmulatedBackend(LayerBackend):
         # Masters change below what the weight's own bits show, and delayed scales change by themselves.
         if (self.delayed is not None and has_amax) or self.settings.step.weight_source is not None:
             self._cached = None
+
+
+def _version_of(weight: Tensor) -> int | None:
+    return None if weight.is_inference() else weight._version
 
 
 def is_same(cached: Tensor, weight: Tensor) -> bool:

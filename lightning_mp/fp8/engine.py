@@ -151,19 +151,18 @@ class FP8Engine:
         return bool(self._layers)
 
     def take_weights_from(self, source: Callable[[nn.Parameter], Tensor] | None) -> None:
-        """Cast the values that ``source`` returns for a weight, such as its FP32 master, instead of its own.
-
-        Only the emulated backend does; Transformer Engine casts the parameter that it is given.
-        """
-        is_used = source is not None and self.is_emulated
+        """Cast the values that ``source`` returns for a weight, such as its FP32 master, instead of its own."""
         # Where a graph breaks the compiler would trace the source itself, which meets FP32 gradients of 16-bit
         # parameters there; torch 2.13 cannot trace these.
         self._step.weight_source = torch.compiler.disable(source) if source is not None else None  # type: ignore[no-untyped-call]
-        if is_used:
+        # Transformer Engine's layers are in no graph.
+        is_compiled = source is not None and self.is_emulated
+        if is_compiled:
             # Here: defining an operator takes 12 ms, a tenth of the import of all else.
             from lightning_mp.fp8.weight_values import new_key
         for _, layer in self._converted():
-            layer._fp8.weight_key = new_key(layer) if is_used else None
+            layer._fp8.weight_key = new_key(layer) if is_compiled else None
+        self.invalidate_weights()
 
     def revert_(self) -> None:
         """Give all layers their class back. What must survive, such as amax history, is kept for the same model."""

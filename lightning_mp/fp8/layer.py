@@ -86,6 +86,11 @@ class LayerBackend:
         """Return what the layer makes of ``x`` of shape ``(..., in_features)``."""
         raise NotImplementedError
 
+    def values_of(self, weight: Tensor) -> Tensor:
+        """Return what to cast for a weight outside any graph: the FP32 values of its master, or its own."""
+        source = self.settings.step.weight_source
+        return source(weight) if source is not None and isinstance(weight, nn.Parameter) else weight
+
     def invalidate_weight(self) -> None:
         """Forget the cast weight."""
         raise NotImplementedError

@@ -1,24 +1,35 @@
-"""Measures the casts that Transformer Engine makes itself, without casting a second time.
+"""Measures the casts that Transformer Engine makes itself, and gives that of a weight its master to cast.
 
-Facts from Transformer Engine 2.12 (pytorch/quantized_tensor.py, pytorch/module/linear.py): a quantizer
-casts in its method ``quantize_impl``; a weight that is cached is cast into the tensor that the module
-keeps under ``_fp8_workspaces["weight"]``, without that method; with one scale per tensor the cast of
-the output gradient of a layer with a bias is one kernel with the bias's gradient, without it as well.
+Facts from Transformer Engine 2.9 to 2.20 (pytorch/quantized_tensor.py, pytorch/module/linear.py): a
+quantizer is called by its method ``quantize`` and casts in ``quantize_impl``; a weight that is cached is
+cast by the method ``quantize_`` of the tensor that the module keeps under ``_fp8_workspaces["weight"]``,
+with a quantizer of that tensor's own, and first of all, where none is kept, as any other operand. (To 2.12
+this stands in the module's ``get_weight_workspace``, in 2.20 in a function of ``pytorch/module/base.py``.)
+With one scale per tensor the cast of the output gradient of a layer with a bias is one kernel with the
+bias's gradient, without ``quantize``.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lightning_mp.errors import UnsupportedError
 from lightning_mp.fp8.delayed import OPERANDS
 from lightning_mp.fp8.quantize import amax_of
 from lightning_mp.fp8.recipes import FP8Recipe, Operand, PassThroughRecipe, operand_dtype
 from lightning_mp.fp8.statistics import ROUNDING
 from lightning_mp.numerics import sqnr_db
 
-__all__ = ["CastWatch", "measure_library_cast", "watch_casts"]
+__all__ = ["CastWatch", "cast_weight_from", "measure_library_cast", "watch_casts"]
+
+_NO_SUCH_CAST = (
+    "master_weights: this version of Transformer Engine, or this recipe object, casts the weight of a layer in a way "
+    "that FP32 masters cannot feed. Use Transformer Engine 2.9 to 2.20 and one of the recipes that have a name, or "
+    "master_weights='params', whose parameters are FP32 themselves."
+)
 
 
 def measure_library_cast(x: Tensor, cast: Any, dtype: torch.dtype) -> Tensor:
@@ -91,3 +102,54 @@ def watch_casts(
     quantizers = (*engine.quantizers["scaling_fwd"][:2], engine.quantizers["scaling_bwd"][0])
     by_operand = dict(zip(OPERANDS, quantizers, strict=True))
     return [CastWatch(by_operand[o], o, operand_dtype(recipe.fp8_format, o), found) for o in operands]
+
+
+@contextmanager
+def cast_weight_from(engine: Any, values: Callable[[], Tensor], *, is_due: bool) -> Iterator[None]:
+    """Let the library cast other values than the weight's own in one forward of a ``te.Linear``.
+
+    The module keeps its parameter, which is what gradients belong to and what its backward may read. The
+    values live for the time of the cast.
+
+    Args:
+        engine: Of its quantizer of the weight, and of the cast weight that it keeps, one method each is
+            shadowed. Inside the library's region.
+        values: Returns what to cast in place of the weight.
+        is_due: Whether the forward is to cast the weight.
+
+    Raises:
+        UnsupportedError: If the library cast the weight in another way.
+    """
+    # As the forward would: a region with another recipe brings other quantizers.
+    engine.init_fp8_metadata(num_gemms=1)
+    quantizers = getattr(engine, "quantizers", {}).get("scaling_fwd") or (None, None)
+    casts = ((quantizers[1], "quantize"), (getattr(engine, "_fp8_workspaces", {}).get("weight"), "quantize_"))
+    shadows = [_Shadow(owner, name, engine._parameters["weight"], values) for owner, name in casts if owner is not None]
+    try:
+        yield
+    finally:
+        for shadow in shadows:
+            shadow.remove()
+    if is_due and not any(shadow.num_casts for shadow in shadows):
+        raise UnsupportedError(_NO_SUCH_CAST)
+
+
+class _Shadow:
+    """Stands before one method that casts, and passes other values on where it is given the weight."""
+
+    def __init__(self, owner: Any, name: str, weight: Tensor, values: Callable[[], Tensor]) -> None:
+        self.num_casts = 0
+        self._owner, self._name, self._cast = owner, name, getattr(owner, name)
+        self._weight, self._values = weight, values
+        setattr(owner, name, self)
+
+    def __call__(self, x: Tensor, **settings: Any) -> Any:
+        # A recipe of the user's may give one quantizer to several operands.
+        if x.data_ptr() != self._weight.data_ptr():
+            return self._cast(x, **settings)
+        self.num_casts += 1
+        return self._cast(self._values(), **settings)
+
+    def remove(self) -> None:
+        """Leave the method's owner as it was."""
+        delattr(self._owner, self._name)

@@ -12,6 +12,10 @@ region depth above zero until teardown leaves the update to ``on_optimizer_step`
 The library's casts turn an infinity in an operand into the format's largest number and pass NaN on. What
 the emulated backend does about it, results that are NaN, would here cost a pass over every operand in
 memory: an infinity that enters a layer is not seen in its results. A NaN is.
+
+The FP32 master of a 16-bit weight is what the library casts (``library_casts.cast_weight_from``), while the
+module holds the 16-bit parameter, which gradients belong to. The master's values exist for the time of the
+cast only, where they are not the master itself.
 """
 
 import importlib
@@ -27,7 +31,7 @@ from lightning_mp.fp8.coverage import ALIGNMENT
 from lightning_mp.fp8.delayed import OPERANDS, DelayedState
 from lightning_mp.fp8.emulated import EmulatedBackend
 from lightning_mp.fp8.layer import LayerBackend, LayerSettings
-from lightning_mp.fp8.library_casts import CastWatch, measure_library_cast, watch_casts
+from lightning_mp.fp8.library_casts import CastWatch, cast_weight_from, measure_library_cast, watch_casts
 from lightning_mp.fp8.recipes import (
     BlockScaling,
     CurrentScaling,
@@ -326,12 +330,20 @@ class EngineBackend(LayerBackend):
         with self.session.layer_region(), self._history(layer):
             if self.settings.step.collects:
                 self._watches = self._watches or watch_casts(engine, self.session.twin, self._seen(layer), self._keep)
-            y = engine(padded, is_first_microbatch=self._is_first_use(layer, padded))
+            y = self._call(engine, layer, padded)
         if y.grad_fn is not None:
             y.grad_fn.register_prehook(_FirstBackwardOnly())
         if self.settings.step.collects:
             self._measure_the_rest(engine, layer, rows, y)
-        return y[:num_rows].reshape(*x.shape[:-1], layer.out_features)  # type: ignore[no-any-return]
+        return y[:num_rows].reshape(*x.shape[:-1], layer.out_features)
+
+    def _call(self, engine: Any, layer: nn.Linear, x: Tensor) -> Tensor:
+        is_first, weight = self._is_first_use(layer, x), layer.weight
+        feed: AbstractContextManager[None] = nullcontext()
+        if self.settings.step.weight_source is not None and weight.dtype is not torch.float32:
+            feed = cast_weight_from(engine, lambda: self.values_of(weight), is_due=is_first is not False)
+        with feed:
+            return engine(x, is_first_microbatch=is_first)  # type: ignore[no-any-return]
 
     @contextmanager
     def _history(self, layer: nn.Linear) -> Iterator[None]:
@@ -442,10 +454,10 @@ class EngineBackend(LayerBackend):
             if "input" in hidden:
                 shadow.quantize(x, "input", is_recorded=False)
             if "weight" in hidden:
-                shadow.quantize(layer.weight, "weight", is_recorded=False)
+                shadow.quantize(self.values_of(layer.weight), "weight", is_recorded=False)
             elif kept is not None:
                 dtype = operand_dtype(twin.fp8_format, "weight")
-                self._keep("weight", measure_library_cast(layer.weight, kept, dtype))
+                self._keep("weight", measure_library_cast(self.values_of(layer.weight), kept, dtype))
         if "grad" in hidden and y.requires_grad:
             y.register_hook(lambda grad: _measure_grad(shadow, grad))  # type: ignore[no-untyped-call]
 

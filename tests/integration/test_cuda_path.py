@@ -115,3 +115,22 @@ def test_step_of_a_fused_optimizer_waits_for_nothing_on_cuda(
             stepper.step(optimizer, closure, clipping, {})
         ledger.settle()
     assert ledger.applied_steps == 4
+
+
+@pytest.mark.parametrize("mode", ["copy", "split"])
+def test_values_that_an_fp8_cast_takes_from_a_master_wait_for_nothing_on_cuda(
+    monkeypatch: pytest.MonkeyPatch, mode: Any
+) -> None:
+    monkeypatch.setattr(plan, "_is_subclass", lambda _: False)
+    monkeypatch.setattr(plan, "check_overlap", lambda *_: None)
+    with on_fake_cuda() as watch:
+        monkeypatch.setattr(split_master, "_NOTHING", torch.empty(0))
+        layer = nn.Linear(4, 5, device="cuda")
+        engine = MasterWeights(mode)
+        engine.convert_(layer)
+        watch.is_armed = True
+        for _ in range(2):
+            value = engine.value_of(layer.weight)
+            assert (value.dtype, value.device.type) == (torch.float32, "cuda")
+            with torch.no_grad():
+                layer.weight.zero_()  # a write that the next value takes over
