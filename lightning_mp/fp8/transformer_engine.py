@@ -342,8 +342,13 @@ class EngineBackend(LayerBackend):
         feed: AbstractContextManager[None] = nullcontext()
         if self.settings.step.weight_source is not None and weight.dtype is not torch.float32:
             feed = cast_weight_from(engine, lambda: self.values_of(weight), is_due=is_first is not False)
-        with feed:
-            return engine(x, is_first_microbatch=is_first)  # type: ignore[no-any-return]
+        try:
+            with feed:
+                return engine(x, is_first_microbatch=is_first)  # type: ignore[no-any-return]
+        except BaseException:
+            # Perhaps it came before the cast: what is kept may be of an earlier step.
+            self.invalidate_weight()
+            raise
 
     @contextmanager
     def _history(self, layer: nn.Linear) -> Iterator[None]:

@@ -241,6 +241,23 @@ def test_weight_that_was_swapped_through_data_for_evaluation_is_cast_and_does_no
     assert model[0]._fp8.engine.calls == [True, True, True, True]
 
 
+def test_weight_of_a_forward_that_failed_is_cast_in_the_next_one(library, monkeypatch) -> None:
+    model, engine = model_and_engine()
+    x = torch.randn(16, 32)
+    forward(model, engine, x)
+    engine.on_optimizer_step()
+
+    def run_out_of_memory(*args: Any, **settings: Any) -> torch.Tensor:
+        raise torch.OutOfMemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(model[0]._fp8.engine, "forward", run_out_of_memory)
+        with pytest.raises(torch.OutOfMemoryError):
+            forward(model, engine, x)
+    forward(model, engine, x)
+    assert model[0]._fp8.engine.calls == [True, True]
+
+
 def test_reentrant_checkpointing_casts_a_weight_once_per_step_after_the_first(library) -> None:
     model, engine = model_and_engine()
     for _ in range(2):
