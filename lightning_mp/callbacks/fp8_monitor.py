@@ -1,11 +1,13 @@
 """Callback that watches what FP8 does to each layer, and may move a layer back to 16 bits."""
 
+import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import nn
 
 from lightning_mp.callbacks.event_log import EventLog, gather_events
 from lightning_mp.callbacks.pictures import save_picture
@@ -106,6 +108,7 @@ class FP8Monitor(Callback):
         self.history: list[FP8Record] = []
         self._values = StepValues()
         self._unhealthy: dict[str, int] = {}
+        self._counted: dict[str, weakref.ref[nn.Linear]] = {}
         self._measured_step: int | None = None
         self._next_step = 0
 
@@ -173,7 +176,9 @@ class FP8Monitor(Callback):
         reasons: dict[str, str] = {}
         for row in found:
             reasons[row.fqn] = reasons.get(row.fqn, "") or self._complaint(row)
+        self._follow_names(engine)
         self._unhealthy = {fqn: self._unhealthy.get(fqn, 0) + 1 for fqn, reason in reasons.items() if reason}
+        self._counted = {fqn: weakref.ref(engine.layers[fqn]) for fqn in self._unhealthy if fqn in engine.layers}
         if not self.demote:
             return set()
         full = {fqn for fqn, count in self._unhealthy.items() if count >= self.patience}
@@ -183,6 +188,14 @@ class FP8Monitor(Callback):
             notice(f"FP8Monitor moved {fqn} back to 16 bits: {reason}.")
             del self._unhealthy[fqn]
         return full
+
+    def _follow_names(self, engine: FP8Engine) -> None:
+        """Keep counts with their layers, where modules were inserted before them since."""
+        now = {id(layer): fqn for fqn, layer in engine.layers.items()}
+        names = {fqn: now.get(id(layer())) for fqn, layer in self._counted.items()}
+        # A count from a checkpoint has a name only.
+        moved = [(names.get(fqn, fqn), count) for fqn, count in self._unhealthy.items()]
+        self._unhealthy = {fqn: count for fqn, count in moved if fqn is not None}
 
     def _complaint(self, row: OperandStatistics) -> str:
         if row.saturated > self.max_saturated:
@@ -205,10 +218,15 @@ class FP8Monitor(Callback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self.event_log.close()
 
+    def __getstate__(self) -> dict[str, Any]:
+        # Weak references cannot be pickled, and the layers of a copy are others.
+        return {**self.__dict__, "_counted": {}}
+
     def state_dict(self) -> dict[str, Any]:
         return {"unhealthy": dict(self._unhealthy)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._counted = {}
         self._unhealthy = {str(fqn): int(count) for fqn, count in state_dict.get("unhealthy", {}).items()}
 
 

@@ -4,7 +4,8 @@ import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
-from typing import Any
+from types import MappingProxyType
+from typing import Any, TypeAlias
 
 import torch
 import torch.distributed as dist
@@ -31,6 +32,10 @@ from lightning_mp.selection import named_inner_modules
 __all__ = ["FP8Engine"]
 
 _VERSION = 1
+
+
+# Of an earlier conversion: its state, and the layers that it names.
+_KeptState: TypeAlias = tuple[dict[str, Any], dict[str, weakref.ref[nn.Linear]]]
 
 
 class FP8Engine:
@@ -65,7 +70,7 @@ class FP8Engine:
         self._is_loaded = False
         self._model: weakref.ref[nn.Module] | None = None
         # What each model that was converted goes on with, if it is converted again.
-        self._states: weakref.WeakKeyDictionary[nn.Module, dict[str, Any]] = weakref.WeakKeyDictionary()
+        self._states: weakref.WeakKeyDictionary[nn.Module, _KeptState] = weakref.WeakKeyDictionary()
 
     def __getstate__(self) -> dict[str, Any]:
         # Weak references cannot be pickled, and the models of another process are others.
@@ -115,7 +120,7 @@ class FP8Engine:
                 layer.__class__ = FP8Linear
                 self._layers[row.fqn] = layer
         if not self._is_loaded:
-            self._state = self._states.get(module, {})
+            self._state = self._state_kept_for(module)
         self._is_loaded, self._model, self._has_history = False, weakref.ref(module), False
         self._apply_state()
         return self.rows
@@ -169,7 +174,7 @@ class FP8Engine:
         self._state = self.state_dict()
         model = None if self._model is None else self._model()
         if model is not None and self._layers:
-            self._states[model] = self._state
+            self._states[model] = self._state, {fqn: weakref.ref(layer) for fqn, layer in self._layers.items()}
         for layer in self._layers.values():
             layer.__class__ = without_fp8(type(layer))  # type: ignore[assignment]
             layer.__dict__.pop("_fp8", None)
@@ -178,6 +183,19 @@ class FP8Engine:
         if self._session is not None:
             self._session.close()
             self._session = None
+
+    def _state_kept_for(self, module: nn.Module) -> dict[str, Any]:
+        """Return the state of an earlier conversion under the names that its layers have now."""
+        if module not in self._states:
+            return {}
+        state, layers = self._states[module]
+        now = {id(layer): fqn for fqn, layer in self._layers.items()}
+        names = {fqn: now.get(id(layer())) for fqn, layer in layers.items()}
+
+        def renamed(part: dict[str, Any]) -> dict[str, Any]:
+            return {name: value for fqn, value in part.items() if (name := names.get(fqn)) is not None}
+
+        return {**state, "demoted": renamed(state["demoted"]), "delayed": renamed(state["delayed"])}
 
     def check_available(self, device: torch.device) -> None:
         """Refuse a device that cannot run the backend and the recipe; the emulated backend runs anywhere.
@@ -201,6 +219,11 @@ class FP8Engine:
     def coverage(self) -> Coverage:
         """How much of the model runs in FP8 now, demoted layers not counted."""
         return Coverage.of(self.rows, has_convolutions=self._has_convolutions)
+
+    @property
+    def layers(self) -> Mapping[str, nn.Linear]:
+        """The converted layers, demoted ones too, by the names that ``statistics`` and ``rows`` have for them."""
+        return MappingProxyType(self._layers)
 
     @property
     def weight_casts(self) -> dict[str, int]:

@@ -255,6 +255,34 @@ def test_each_measured_value_is_in_the_logger_once_at_its_own_step(tmp_path, eve
     assert run.callback_metrics["fp8/sqnr_db"] == pytest.approx(rows[-1][1], rel=1e-6)  # in FP32 there
 
 
+class Grows(LightningModule):
+    """Its second layer is unhealthy for three steps; then modules are inserted, and the first one is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16))
+        self.layers = tuple(self.body)
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        first, second = self.layers
+        if batch_idx == 3:
+            self.body.insert(0, nn.Identity())
+        wide = torch.cat([torch.full_like(batch[0][:, :1], 2.0**30), batch[0][:, 1:]], 1)
+        inputs = (batch[0], wide) if batch_idx < 3 else (wide, batch[0])
+        return sum(layer(x).float().mean() for layer, x in zip((first, second), inputs, strict=True))
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.0)
+
+
+def test_count_stays_with_its_layer_where_modules_are_inserted_before_it() -> None:
+    monitor = FP8Monitor(every_n_steps=1, demote=True, patience=4, plot=False)
+    model = Grows()
+    fit(model, monitor, plugin=emulated(skip_output_head=False), max_steps=4)
+    assert monitor._unhealthy == {"body.1": 1}
+    assert not any(record.demoted for record in monitor.history)
+
+
 def test_run_without_fp8_is_left_alone_and_told(caplog) -> None:
     monitor = FP8Monitor(every_n_steps=1)
     with caplog.at_level(logging.INFO):

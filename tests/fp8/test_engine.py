@@ -113,6 +113,27 @@ def test_layer_whose_name_goes_to_another_stays_in_hand() -> None:
     assert {type(layer) for layer in (first, second, third)} == {nn.Linear}
 
 
+def test_layer_goes_on_with_its_own_history_and_demotion_in_a_second_conversion_of_a_grown_model() -> None:
+    model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 16))
+    engine = converted(model, "delayed", skip_output_head=False)
+    first, second, third = model
+    for value, layer in ((1.0, first), (2.0, second), (4.0, third)):
+        layer.weight.data.fill_(value)
+    with torch.autocast("cpu", torch.bfloat16):
+        model(torch.ones(16, 16)).sum().backward()
+    engine.on_optimizer_step()
+    engine.demote("1", "unhealthy")
+    engine.revert_()
+    del model[2]
+    model.insert(0, nn.Linear(16, 16))  # new, first, second
+    engine.convert_(model)
+    assert engine.demoted == {"2": "unhealthy"}
+    # The column of the weight: amax 1 and 2 by hand; the new layer has seen nothing.
+    seen = [layer._fp8.delayed.amax_history[:, 1].max().item() for layer in model]
+    assert seen == [0.0, 1.0, 2.0]
+    engine.revert_()
+
+
 def test_reverting_leaves_no_trace() -> None:
     model = Model()
     before = {name: (type(m), set(m.__dict__)) for name, m in model.named_modules()}
