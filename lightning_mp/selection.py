@@ -3,6 +3,7 @@
 import difflib
 import fnmatch
 import re
+import sys
 from collections.abc import Iterable, Iterator
 from typing import TypeAlias
 
@@ -13,7 +14,14 @@ from torch.nn.parameter import is_lazy
 
 from lightning_mp.errors import SettingTypeError, UnmatchedPatternError
 
-__all__ = ["Selector", "clean_fqn", "is_normalization", "named_inner_modules", "select_modules"]
+__all__ = [
+    "Selector",
+    "clean_fqn",
+    "is_normalization",
+    "is_transposed_linear",
+    "named_inner_modules",
+    "select_modules",
+]
 
 Selector: TypeAlias = str | type[nn.Module]
 
@@ -199,3 +207,10 @@ def is_normalization(module: nn.Module) -> bool:
 
 def _is_per_channel(param: nn.Parameter) -> bool:
     return not is_lazy(param) and sum(size != 1 for size in param.shape) <= 1
+
+
+def is_transposed_linear(module: nn.Module) -> bool:
+    """Tell whether this is the ``Conv1D`` of Hugging Face's GPT-2, a linear layer whose weight is transposed."""
+    # Without an import of the library: who has such a layer has imported it.
+    found = getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", None)
+    return isinstance(found, type) and isinstance(module, found)

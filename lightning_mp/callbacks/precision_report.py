@@ -15,7 +15,7 @@ from lightning_mp.__about__ import __version__
 from lightning_mp.callbacks.event_log import EventLog, logs_of, run_directory
 from lightning_mp.callbacks.fp32_pin import FP32Pin
 from lightning_mp.callbacks.loss_scale_monitor import LossScaleMonitor
-from lightning_mp.callbacks.run_manifest import describe_precision, is_fp8_run, read_manifest
+from lightning_mp.callbacks.run_manifest import describe_coverage, describe_precision, is_fp8_run, read_manifest
 from lightning_mp.errors import LightningMPError, SettingValueError
 from lightning_mp.loss_scale import DynamicLossScale
 from lightning_mp.memory import estimate_memory
@@ -151,7 +151,7 @@ def _describe_start(trainer: Trainer, pl_module: LightningModule) -> dict[str, A
         "monitors": _names_of_monitors(trainer.callbacks),  # type: ignore[attr-defined]
         "checks_gradients": _checks_gradients(trainer.precision_plugin),
         "limits": _describe_limits(trainer.precision_plugin),
-        "totals": describe_totals(rows, misaligned, is_fp8=is_fp8),
+        "totals": describe_totals(rows, misaligned, is_fp8=is_fp8, coverage=describe_coverage(trainer)),
         "groups": [asdict(group) for group in group_manifest(rows, pl_module)],
         "manifest": as_events(rows),
         "estimate": _estimate_memory(trainer, pl_module),

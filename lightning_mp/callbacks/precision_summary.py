@@ -5,7 +5,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from lightning_mp.callbacks.run_manifest import describe_precision, is_fp8_run, read_manifest
+from lightning_mp.callbacks.run_manifest import describe_coverage, describe_precision, is_fp8_run, read_manifest
 from lightning_mp.precision.notices import notice
 from lightning_mp.report.summary import (
     ManifestGroup,
@@ -60,7 +60,7 @@ class PrecisionSummary(Callback):
         rows = read_manifest(trainer, pl_module)
         is_fp8 = is_fp8_run(trainer)
         misaligned = find_misaligned(pl_module, rows, is_fp8=is_fp8)
-        totals = describe_totals(rows, misaligned, is_fp8=is_fp8)
+        totals = describe_totals(rows, misaligned, is_fp8=is_fp8, coverage=describe_coverage(trainer))
         groups = group_manifest(rows, pl_module, max_depth=self.max_depth) if self.max_depth else []
         title = ", ".join(f"{name}={value}" for name, value in describe_precision(trainer).items())
         cells = [_cells(group) for group in groups]

@@ -11,7 +11,7 @@ from lightning_mp.policy import PrecisionPolicy
 from lightning_mp.precision import ManifestRow, MixedPrecision
 from lightning_mp.precision.manifest import build_manifest
 
-__all__ = ["describe_precision", "is_fp8_run", "read_manifest"]
+__all__ = ["describe_coverage", "describe_precision", "is_fp8_run", "read_manifest"]
 
 _SAME_AS_OURS = ("32-true", "16-mixed", "bf16-mixed")
 
@@ -41,6 +41,13 @@ def _without_masters(rows: list[ManifestRow]) -> list[ManifestRow]:
 def is_fp8_run(trainer: Trainer) -> bool:
     """Tell whether matrix products are to run in FP8."""
     return str(trainer.precision_plugin.precision).startswith("transformer-engine")
+
+
+def describe_coverage(trainer: Trainer) -> str:
+    """Return how much of the model runs in FP8, empty where no plugin of ours knows."""
+    plugin = trainer.precision_plugin
+    engine = plugin.fp8_engine if isinstance(plugin, MixedPrecision) else None
+    return "" if engine is None else engine.coverage.shares
 
 
 def describe_precision(trainer: Trainer) -> dict[str, Any]:

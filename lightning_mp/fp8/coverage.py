@@ -1,6 +1,6 @@
 """Which layers of a model can run in FP8, and why the others do not."""
 
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -9,7 +9,7 @@ from torch import nn
 
 from lightning_mp.fp8.config import FP8Config
 from lightning_mp.fp8.layer import FP8Linear
-from lightning_mp.selection import named_inner_modules, select_modules
+from lightning_mp.selection import is_transposed_linear, named_inner_modules, select_modules
 
 __all__ = ["ALIGNMENT", "CONVERTED", "PINNED", "Coverage", "LayerRow", "brings_transformer_engine", "plan_layers"]
 
@@ -81,10 +81,15 @@ class Coverage:
         share = sum(row.num_multiplications for row in converted) / total if total else 0.0
         return cls(len(converted), num_layers, share, has_convolutions)
 
-    def __str__(self) -> str:
+    @property
+    def shares(self) -> str:
+        """Both shares as text."""
         aside = " without convolutions" if self.has_convolutions else ""
         layers, flops = f"{self.num_converted} of {self.num_layers} Linear layers", f"{self.flops_share:.1%}"
-        return f"{layers}, {flops} of GEMM FLOPs{aside}, in FP8"
+        return f"{layers}, {flops} of GEMM FLOPs{aside}"
+
+    def __str__(self) -> str:
+        return f"{self.shares}, in FP8"
 
 
 def brings_transformer_engine(model: nn.Module) -> bool:
@@ -105,7 +110,7 @@ def plan_layers(
     Returns:
         A row and the layer for each ``nn.Linear``, in registration order, each object once; then a row and
         the module for each other one that multiplies by weights of its own: ``nn.MultiheadAttention``,
-        recurrent and bilinear layers.
+        recurrent and bilinear layers, and the ``Conv1D`` of Hugging Face.
 
     Raises:
         UnmatchedPatternError: If an item of ``include`` or ``exclude`` selects nothing.
@@ -135,7 +140,8 @@ def plan_layers(
         reason = PINNED if attention in kept else _ATTENTION
         row = LayerRow(fqn, False, reason, width, width + attention.kdim + attention.vdim, is_linear=False)
         planned.append((row, attention))
-    for fqn, module in _first_names(model, _OTHERS).items():
+    others = _first_names(model, _OTHERS) | _first_names(model, nn.Module, is_transposed_linear)
+    for fqn, module in others.items():
         reason = PINNED if module in kept else f"{type(module).__name__}: only Linear layers run in FP8"
         planned.append((LayerRow(fqn, False, reason, 0, 0, is_linear=False, flops=_num_weights(module)), module))
     return planned
@@ -150,10 +156,12 @@ def _num_weights(module: nn.Module) -> int:
     return sum(getattr(module, name).numel() for name in names)
 
 
-def _first_names(model: nn.Module, kind: type[_Module] | tuple[type[_Module], ...]) -> dict[str, _Module]:
+def _first_names(
+    model: nn.Module, kind: type[_Module] | tuple[type[_Module], ...], holds: Callable[[nn.Module], bool] | None = None
+) -> dict[str, _Module]:
     first_names: dict[_Module, str] = {}
     for fqn, module in named_inner_modules(model).items():
-        if isinstance(module, kind):
+        if isinstance(module, kind) and (holds is None or holds(module)):
             first_names.setdefault(module, fqn)
     return {fqn: module for module, fqn in first_names.items()}
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from lightning_mp.fp8 import FP8Linear
 from lightning_mp.policy import PrecisionPolicy
-from lightning_mp.selection import named_inner_modules
+from lightning_mp.selection import is_transposed_linear, named_inner_modules
 
 __all__ = ["ManifestRow", "build_manifest"]
 
@@ -100,7 +100,7 @@ def _compute(module: nn.Module, policy: PrecisionPolicy, *, is_pinned: bool) -> 
         return torch.float32, "pinned to FP32"
     if policy.precision == "fp32":
         return torch.float32, "precision='fp32'"
-    if isinstance(module, _PRODUCTS):
+    if isinstance(module, _PRODUCTS) or is_transposed_linear(module):
         return policy.compute_dtype, "autocast: matrix product"
     return None, "autocast: follows its input, or FP32 by torch's list"
 

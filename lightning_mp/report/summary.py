@@ -12,6 +12,7 @@ from torch import nn
 from lightning_mp.errors import SettingTypeError, SettingValueError
 from lightning_mp.formats import HALF_DTYPES
 from lightning_mp.precision import ManifestRow
+from lightning_mp.selection import is_transposed_linear
 
 __all__ = [
     "ManifestGroup",
@@ -182,17 +183,29 @@ def _dimensions(module: nn.Module) -> dict[str, int]:
         return {"input_size": int(module.input_size), "hidden_size": int(module.hidden_size)}
     if isinstance(module, nn.MultiheadAttention):
         return {"embed_dim": module.embed_dim}
+    if is_transposed_linear(module):
+        num_inputs, num_outputs = module.get_parameter("weight").shape
+        return {"inputs": num_inputs, "outputs": num_outputs}
     return {}
 
 
-def describe_totals(rows: Sequence[ManifestRow], misaligned: Sequence[Misaligned], *, is_fp8: bool) -> list[str]:
-    """Return one line each for parameters by dtype, masters, pins, FP8 coverage and misaligned dimensions."""
+def describe_totals(
+    rows: Sequence[ManifestRow], misaligned: Sequence[Misaligned], *, is_fp8: bool, coverage: str = ""
+) -> list[str]:
+    """Return one line each for parameters by dtype, masters, pins, FP8 coverage and misaligned dimensions.
+
+    Args:
+        rows: The manifest.
+        misaligned: What ``find_misaligned`` found.
+        is_fp8: Whether products are to run in FP8.
+        coverage: How much does, where that is known better than by counting rows.
+    """
     lines = [_describe_parameters(rows), _describe_masters(rows)]
     pinned = [row.fqn for row in rows if row.pinned]
     if pinned:
         lines.append(f"Pinned to FP32: {len(pinned)} module{'s' if len(pinned) > 1 else ''} ({_few(pinned)})")
     if is_fp8:
-        lines.append(_describe_fp8(rows))
+        lines.append(_describe_fp8(rows, coverage))
     if misaligned:
         number = len(misaligned)
         found = "1 dimension is no multiple" if number == 1 else f"{number} dimensions are no multiples"
@@ -246,11 +259,11 @@ def _describe_masters(rows: Sequence[ManifestRow]) -> str:
     return f"Master weights: {'; '.join(parts) or 'none'}"
 
 
-def _describe_fp8(rows: Sequence[ManifestRow]) -> str:
+def _describe_fp8(rows: Sequence[ManifestRow], coverage: str) -> str:
     linears = [row for row in rows if row.fp8 or "Linear" in row.module_class]
     left = [f"{row.fqn} ({row.reason})" for row in linears if not row.fp8]
     rest = f"; not: {_few(left)}" if left else ""
-    return f"FP8: {len(linears) - len(left)} of {len(linears)} linear layers{rest}"
+    return f"FP8: {coverage or f'{len(linears) - len(left)} of {len(linears)} Linear layers'}{rest}"
 
 
 def _few(names: Sequence[str]) -> str:

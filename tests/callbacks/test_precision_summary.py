@@ -6,9 +6,10 @@ from lightning.pytorch.plugins.precision import DoublePrecision, HalfPrecision
 from lightning.pytorch.plugins.precision import MixedPrecision as LightningMixedPrecision
 from torch import nn
 
-from lightning_mp import MixedPrecision, PrecisionSummary
+from lightning_mp import MixedPrecision, PrecisionReport, PrecisionSummary
 from lightning_mp.errors import SettingTypeError, SettingValueError
 from lightning_mp.precision import ManifestRow
+from lightning_mp.precision.manifest import build_manifest
 from lightning_mp.report.summary import describe_totals, find_misaligned, group_manifest
 from tests.models import Regression, batches, trainer
 
@@ -126,8 +127,35 @@ def test_totals_tell_pins_masters_and_fp8_coverage_with_reasons():
         "Parameters: 16 in BF16 (32 B), 2 in FP32 (8 B)",
         "Master weights: 16 further bits beside the BF16 parameter (16); the parameters themselves, in FP32 (2)",
         "Pinned to FP32: 1 module (norm)",
-        "FP8: 1 of 2 linear layers; not: head (output head)",
+        "FP8: 1 of 2 Linear layers; not: head (output head)",
     ]
+    assert describe_totals(rows, [], is_fp8=True, coverage="1 of 2 Linear layers, 40.0% of GEMM FLOPs")[-1] == (
+        "FP8: 1 of 2 Linear layers, 40.0% of GEMM FLOPs; not: head (output head)"
+    )
+
+
+def test_summary_and_page_of_an_fp8_run_tell_the_share_of_gemm_flops(tmp_path):
+    class Two(Regression):
+        def __init__(self):
+            super().__init__()
+            self.wide = nn.Linear(32, 64)
+            self.odd = nn.Linear(32, 8)
+
+    summary, report = PrecisionSummary(), PrecisionReport(dirpath=tmp_path)
+    plugin = MixedPrecision("fp8", fp8={"backend": "emulated", "skip_output_head": False})
+    trainer(plugin, callbacks=[summary, report]).fit(Two(), batches())
+    # By hand: 32 * 64 of 32 * 64 + 32 * 8 + 4 * 1 multiplications per row.
+    line = "FP8: 1 of 3 Linear layers, 88.7% of GEMM FLOPs; not: layer ("
+    assert line in summary.text
+    assert line in report.path.read_text(encoding="utf-8")
+
+
+def test_layers_of_gpt2_are_matrix_products():
+    library = pytest.importorskip("transformers.pytorch_utils")
+    model = nn.ModuleDict({"attention": library.Conv1D(30, 32)})
+    rows = build_manifest(model, MixedPrecision("bf16").policy)
+    assert [row.compute_dtype for row in rows] == [torch.bfloat16]
+    assert [(m.dimension, m.size, m.padded) for m in find_misaligned(model, rows)] == [("outputs", 30, 32)]
 
 
 def test_groups_add_up_what_is_inside():

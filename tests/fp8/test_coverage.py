@@ -145,6 +145,14 @@ def test_flops_count_recurrent_and_bilinear_layers() -> None:
     assert reasons(model, keep=[model["lstm"]])["lstm"] == "pinned to FP32"
 
 
+def test_flops_count_the_linear_layers_of_gpt2() -> None:
+    library = pytest.importorskip("transformers.pytorch_utils")
+    model = nn.ModuleDict({"attention": library.Conv1D(96, 32), "head": nn.Linear(32, 64)})
+    planned = [row for row, _ in plan_layers(model, FP8Config(skip_output_head=False))]
+    assert Coverage.of(planned) == Coverage(1, 1, 32 * 64 / (32 * 64 + 32 * 96))
+    assert reasons(model)["attention"] == "Conv1D: only Linear layers run in FP8"
+
+
 def test_weight_of_a_recurrent_layer_counts_where_it_is_parametrized() -> None:
     model = nn.ModuleList([nn.Linear(16, 16), nn.utils.parametrizations.weight_norm(nn.GRU(16, 16), "weight_hh_l0")])
     rows = [row for row, _ in plan_layers(model, FP8Config(skip_output_head=False))]
