@@ -361,6 +361,8 @@ def _check_delayed(recipe: DelayedScaling) -> None:
             f"recipe: scaling_factor_compute_algo={function!r} is a {type(function).__name__}; it must be a function "
             "(amax, scale, fp8_max, recipe) -> scale, or None."
         )
+    if function is not None:
+        _check_scaling_function(function, recipe)
     algorithm = recipe.amax_compute_algo
     if not callable(algorithm) and algorithm not in _ALGORITHMS:
         raise SettingValueError(
@@ -375,19 +377,38 @@ def _check_amax_function(function: Callable[[Tensor], Tensor], length: int) -> N
     """Refuse a function that cannot take a history, by a call with one."""
     # No square: a function that takes the amax of each row would pass.
     history = torch.ones(length, 2 if length != 2 else 3, device="cpu")
+    _check_result(
+        f"amax_compute_algo={function!r} is not allowed: given a history of shape {tuple(history.shape)}, one row per "
+        "step,",
+        "It must return one amax per column, such as lambda history: history.mean(0).",
+        lambda: function(history),
+        history.shape[1:],
+    )
+
+
+def _check_scaling_function(function: Callable[..., Tensor], recipe: DelayedScaling) -> None:
+    """Refuse a function that cannot take amax and scales, by a call with them."""
+    amax, scale = torch.full((2,), 2.0, device="cpu"), torch.ones(2, device="cpu")
+    _check_result(
+        f"scaling_factor_compute_algo={function!r} is not allowed: given amax and scale of shape (2,), 448.0 and the "
+        "recipe,",
+        "It must return one scale per amax, such as lambda amax, scale, fp8_max, recipe: fp8_max / amax.",
+        lambda: function(amax, scale, 448.0, recipe),
+        amax.shape,
+    )
+
+
+def _check_result(complaint: str, remedy: str, call: Callable[[], Any], shape: torch.Size) -> None:
     failure: Exception | None = None
     try:
-        amax: Any = function(history)
+        result = call()
     except Exception as error:
         failure, found = error, f"raised {type(error).__name__}: {error}"
     else:
-        if isinstance(amax, Tensor) and amax.shape == history.shape[1:]:
+        if isinstance(result, Tensor) and result.shape == shape:
             return
-        found = f"returned {f'shape {tuple(amax.shape)}' if isinstance(amax, Tensor) else repr(amax)}"
-    raise SettingValueError(
-        f"recipe: amax_compute_algo={function!r} is not allowed: given a history of shape {tuple(history.shape)}, one "
-        f"row per step, it {found}. It must return one amax per column, such as lambda history: history.mean(0)."
-    ) from failure
+        found = f"returned {f'shape {tuple(result.shape)}' if isinstance(result, Tensor) else repr(result)}"
+    raise SettingValueError(f"recipe: {complaint} it {found}. {remedy}") from failure
 
 
 def _check_block(recipe: BlockScaling) -> None:

@@ -124,6 +124,29 @@ def test_function_of_the_history_is_taken() -> None:
     assert parse_recipe({"name": "delayed", "amax_compute_algo": mean}).amax_compute_algo is mean
 
 
+@pytest.mark.parametrize(
+    ("function", "text"),
+    [
+        (lambda amax, scale, fp8_max: scale, r"it raised TypeError: .* takes 3 positional arguments but 4 were given"),
+        (lambda amax, scale, fp8_max, recipe: None, "it returned None"),
+        (lambda amax, scale, fp8_max, recipe: fp8_max / amax.max(), r"it returned shape \(\)"),
+        (lambda amax, scale, fp8_max, recipe: amax.unsqueeze(0), r"it returned shape \(1, 2\)"),
+        (lambda amax, scale, fp8_max, recipe: 1 / recipe.margins, "it raised AttributeError"),
+    ],
+)
+def test_function_that_gives_no_scales_is_refused_before_the_first_step(function, text) -> None:
+    with pytest.raises(SettingValueError, match=text):
+        parse_recipe({"name": "delayed", "scaling_factor_compute_algo": function})
+
+
+def test_function_that_gives_scales_is_taken() -> None:
+    def scales(amax, scale, fp8_max, recipe):
+        return torch.where(amax > 0, fp8_max / amax / 2**recipe.margin, scale)
+
+    taken = parse_recipe({"name": "delayed", "scaling_factor_compute_algo": scales})
+    assert taken.scaling_factor_compute_algo is scales
+
+
 @pytest.mark.parametrize("margin", [-112, 134])
 def test_largest_margins_leave_the_maximum_of_both_formats_in_fp32(margin) -> None:
     assert parse_recipe({"name": "delayed", "margin": margin}).margin == margin
