@@ -1,5 +1,6 @@
 """What FP8 adds to the plugin: the engine that the policy asks for, its region, and what it reports."""
 
+import re
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, ExitStack
 from types import TracebackType
@@ -15,7 +16,7 @@ from lightning_mp.precision.notices import notice, notice_once
 
 __all__ = [
     "FP8Region",
-    "add_derivative_hint",
+    "add_fp8_hint",
     "convert_to_fp8",
     "fp8_reasons",
     "new_fp8_engine",
@@ -23,6 +24,25 @@ __all__ = [
 ]
 
 _MAX_NAMED = 3
+# What torch says, why, and where it comes from as a rule.
+_IMPOSSIBLE = (
+    (
+        re.compile("once_differentiable"),
+        "a layer in FP8 has no second derivative",
+        ", such as the critic's of a gradient penalty",
+    ),
+    (
+        re.compile("functorch transforms|setup_context"),
+        "transforms of torch.func (vmap, grad, jvp) know no layer in FP8",
+        ", such as the critic's whose gradients are taken per sample",
+    ),
+    (
+        # Of a jagged tensor one size is a symbol, j3.
+        re.compile(r"(view|reshape).*\(.*\bj\d+.*\)|not implemented for sparse"),
+        "a layer in FP8 takes dense tensors, no nested or sparse ones",
+        "",
+    ),
+)
 _RESTING = "in evaluation mode, which runs in BF16 (fp8_in_eval=False)"
 
 
@@ -71,14 +91,19 @@ def tell_missing_history() -> None:
     )
 
 
-def add_derivative_hint(error: BaseException | None) -> None:
-    """Add the fix to torch's error about a second derivative through a layer in FP8, as a gradient penalty takes it."""
-    if isinstance(error, RuntimeError) and "once_differentiable" in str(error):
-        add_hint(
-            error,
-            "precision='fp8': a layer in FP8 has no second derivative. Leave the layers that it goes through, such as "
-            "the critic's of a gradient penalty, in BF16: fp8={'exclude': ('critic.*',)}.",
-        )
+def add_fp8_hint(error: BaseException | None) -> None:
+    """Add the fix to an error of torch about what no layer in FP8 can do."""
+    if not isinstance(error, RuntimeError):
+        return
+    text = str(error)
+    for pattern, cause, layers in _IMPOSSIBLE:
+        if pattern.search(text):
+            add_hint(
+                error,
+                f"precision='fp8': {cause}. Leave the layers that it goes through{layers}, in BF16: "
+                "fp8={'exclude': ('critic.*',)}.",
+            )
+            return
 
 
 class FP8Region:

@@ -30,7 +30,7 @@ from lightning_mp.precision.checkpoint import (
 from lightning_mp.precision.checks import check_optimizers, check_parameters, check_strategy
 from lightning_mp.precision.culprit import first_nonfinite_parameter
 from lightning_mp.precision.dtype_hint import add_dtype_hint
-from lightning_mp.precision.fp8 import add_derivative_hint, convert_to_fp8, fp8_reasons, new_fp8_engine
+from lightning_mp.precision.fp8 import add_fp8_hint, convert_to_fp8, fp8_reasons, new_fp8_engine
 from lightning_mp.precision.manifest import ManifestRow, build_manifest
 from lightning_mp.precision.masters import (
     attach_masters,
@@ -392,7 +392,7 @@ class MixedPrecision(TrainingHooks, FSDPPrecision):  # type: ignore[misc]  # Lig
                 add_dtype_hint(sys.exc_info()[1], self._module, self.policy.master_weights)
                 self._masters.detach()
             if self._fp8 is not None:
-                add_derivative_hint(sys.exc_info()[1])
+                add_fp8_hint(sys.exc_info()[1])
                 self._fp8.revert_()
             while self._applied_pins:
                 self._applied_pins.pop().undo_()

@@ -530,6 +530,31 @@ def test_second_derivative_is_led_to_excluding_the_layers() -> None:
     fit(GradientPenalty(), plugin(skip_output_head=False, exclude=["body.*"]))
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors", "ignore:`torch.jit.script` is deprecated")
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="notes came with Python 3.11; before, the hint is logged")
+@pytest.mark.parametrize(
+    ("use", "cause"),
+    [
+        (lambda net, x: torch.vmap(net)(x), "torch.func"),
+        (lambda net, x: torch.func.grad(lambda x: net(x).float().sum())(x), "torch.func"),
+        (lambda net, x: torch.func.jvp(net, (x,), (x,))[0], "torch.func"),
+        (lambda net, x: net(torch.nested.as_nested_tensor([x[:1], x[1:]], layout=torch.jagged)).values(), "dense"),
+        (lambda net, x: net(x.to_sparse()), "dense"),
+    ],
+    ids=["vmap", "grad", "jvp", "jagged", "sparse"],
+)
+def test_what_no_fp8_layer_can_do_is_led_to_excluding_the_layers(use, cause) -> None:
+    class Uses(Net):
+        def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+            return use(self.body, batch[0]).float().square().mean() + self.head(batch[0]).float().mean()
+
+    with pytest.raises(RuntimeError) as caught:
+        fit(Uses(), plugin(skip_output_head=False))
+    (note,) = caught.value.__notes__
+    assert cause in note
+    assert "fp8={'exclude': ('critic.*',)}" in note
+
+
 class Compiled(Net):
     """A body that is compiled or not, weights that are written in mid-training, and validation."""
 
