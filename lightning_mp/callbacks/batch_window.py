@@ -25,13 +25,16 @@ class HeldBatch:
         """Probe the real step of this batch."""
         probes = Probes(model, tells_aliases_apart=False, watches_parameters=watches_parameters)
         self._probes = probes.__enter__()
-        self.seen = Observation(model, probes.calls, probes.statistics, param_grads=probes.param_grads)
+        self.seen = Observation(
+            model, probes.calls, probes.statistics, param_grads=probes.param_grads, shared=probes.shared
+        )
         self.seen.add_batch(self.batch)
 
     def note_loss(self, loss: Tensor) -> None:
-        """Measure the loss of a probed step."""
+        """Measure the loss of a probed step, just before its backward."""
         if self.seen is not None:
             self.seen.add_loss(loss)
+            self._probes.watch_uses(loss)
 
     def unwatch(self) -> None:
         """Take the hooks off the model; what they noted stays."""

@@ -9,7 +9,7 @@ elsewhere too, as in ``x * sigmoid(x)``: the autograd graph tells.
 """
 
 from bisect import bisect
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -17,11 +17,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_mp.overflow.event import Finding, make_finding
+from lightning_mp.overflow.graph import nodes_before
 from lightning_mp.overflow.probes import ModuleCall
 from lightning_mp.overflow.statistics import Statistics, TensorStats, Wanted, named_tensors
 from lightning_mp.selection import is_normalization
 
-__all__ = ["Observation", "describe_item", "find_culprit", "nodes_before"]
+__all__ = ["Observation", "describe_item", "find_culprit"]
 
 # What of torch.nn is given masked scores: minus infinity is zero probability to them.
 _MASKED = (
@@ -45,6 +46,7 @@ class Observation:
         loss: Places of the unscaled loss.
         loss_nodes: Its nodes in the autograd graph.
         param_grads: Places of the gradients by parameter.
+        shared: Parameters that several calls used, of whose gradients each call has its own part.
         backward_starts: Place from which on gradients are those of a loss, one per loss in order.
         leading: Nodes of the autograd graph; backward is only looked at where calls made one of them. ``None``
             for everywhere.
@@ -57,6 +59,7 @@ class Observation:
     loss: Wanted = field(default_factory=list)
     loss_nodes: list[Any] = field(default_factory=list)
     param_grads: dict[Tensor, Wanted] = field(default_factory=dict)
+    shared: Collection[Tensor] = frozenset()
     backward_starts: list[int] = field(default_factory=list)
     leading: set[Any] | None = None
 
@@ -195,18 +198,6 @@ class _Forward:
         return next((s for s in suspects if not reached.isdisjoint(s.call.output_nodes)), None)
 
 
-def nodes_before(nodes: Sequence[Any], *, without: set[Any]) -> set[Any]:
-    """Return these nodes of the autograd graph and all that they were computed from."""
-    reached: set[Any] = set()
-    waiting = list(nodes)
-    while waiting:
-        node = waiting.pop()
-        if node is not None and node not in reached and node not in without:
-            reached.add(node)
-            waiting += [before for before, _ in node.next_functions]
-    return reached
-
-
 def _find_in_forward(found: _Forward) -> Finding | None:
     seen = found.seen
     culprit = found.culprit or found.find_used(found.lost, seen.loss_nodes) or next(iter(found.apart), None)
@@ -305,7 +296,8 @@ def _overflows_in_backward(seen: Observation, call: ModuleCall) -> bool:
 
 
 def _outgoing(seen: Observation, call: ModuleCall) -> Wanted:
-    own = [place for p in call.module.parameters(recurse=False) for place in seen.param_grads.get(p, [])]
+    alone = (p for p in call.module.parameters(recurse=False) if p not in seen.shared)
+    own = [*call.param_grads, *(place for p in alone for place in seen.param_grads.get(p, []))]
     # A module that is used for several losses has gradients of each: those of the call's own backward count.
     backwards = {bisect(seen.backward_starts, place) for place in call.output_grads}
     return [*call.input_grads, *(place for place in own if bisect(seen.backward_starts, place) in backwards)]

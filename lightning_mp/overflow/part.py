@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_mp.overflow.attribution import Observation, nodes_before
+from lightning_mp.overflow.attribution import Observation
+from lightning_mp.overflow.graph import nodes_before
 from lightning_mp.overflow.probes import ModuleCall
 
 __all__ = ["part_for"]

@@ -178,7 +178,7 @@ def _compute(
             model.__dict__[name] = _do_nothing
         rng.restore_()
         with Probes(model) as probes:
-            seen = Observation(model, probes.calls, probes.statistics)
+            seen = Observation(model, probes.calls, probes.statistics, shared=probes.shared)
             seen.add_batch(batch)
             with region():
                 loss = step(_cloned(batch))
@@ -187,6 +187,7 @@ def _compute(
                 return Observation(model, [], probes.statistics)
             seen.add_loss(loss)
             if loss.requires_grad and any(p.requires_grad for p in model.parameters()):
+                probes.watch_uses(loss)
                 _backward(model, loss, loss_scale, seen)
     seen.statistics.read()
     return seen
