@@ -12,8 +12,9 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 
 from lightning_mp import MixedPrecision, OverflowMonitor
+from lightning_mp.overflow import OverflowEvent, describe_event
 from tests.models import trainer
-from tests.test_overflow import NAN, grad_times, linear, look, where
+from tests.test_overflow import INF, NAN, Call, grad_times, linear, look, where
 
 pytestmark = pytest.mark.filterwarnings("ignore:OverflowMonitor. step")
 
@@ -208,3 +209,185 @@ def test_module_whose_own_code_overflows_for_an_argument_in_a_container_is_named
             return self.head(self.own(state)) + self.head(state["x"])
 
     assert where(look(Outer())) == ("backward", "own", "nan")
+
+
+# --- A batch that is not finite ------------------------------------------------------------------
+
+
+class Saturates(nn.Module):
+    """A layer of torch, or of the user's own, whose output something makes finite again."""
+
+    def __init__(self, layer: nn.Module, squash: Any) -> None:
+        super().__init__()
+        self.layer, self.squash, self.head = layer, squash, linear()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.squash(self.layer(x)))
+
+
+class Own(nn.Module):
+    """Saturates within itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x * self.weight).tanh()
+
+
+SATURATING = {
+    "function": lambda: Saturates(linear(), torch.tanh),
+    "module": lambda: Saturates(linear(), nn.Sigmoid()),
+    "own code": lambda: Saturates(Own(), torch.clone),
+    "convolution": lambda: Saturates(
+        nn.Sequential(nn.Unflatten(1, (1, 4)), nn.Conv1d(1, 1, 1), nn.Flatten()), torch.tanh
+    ),
+}
+
+
+@pytest.mark.parametrize("probe", ["replay", "always"])
+@pytest.mark.parametrize("value", [INF, -INF, NAN])
+@pytest.mark.parametrize("saturates", SATURATING)
+def test_item_of_the_batch_is_blamed_though_its_layer_saturates(saturates, value, probe) -> None:
+    x = torch.ones(2, 4)
+    x[0, 1] = value
+    monitor = OverflowMonitor(probe=probe)
+    batches = DataLoader([x], batch_size=None)
+    trainer(MixedPrecision("bf16"), callbacks=[monitor]).fit(Fitted(SATURATING[saturates]()), batches)
+    (event,) = monitor.events
+    assert (event.phase, event.fqn) == ("batch", "batch")
+
+
+def test_saturated_item_is_blamed_though_a_module_after_it_goes_wrong() -> None:
+    # The clamp of the model's own code makes a finite value of Inf, and that is what the module cannot take.
+    model = nn.Sequential(Call(lambda x: torch.log(5.0 - x)), linear())
+    x = torch.ones(2, 4)
+    assert look(model, {"x": x}, step=lambda b: model(b["x"].clamp(max=9.0)).sum()) is None
+    x[0, 1] = INF
+    assert where(look(model, {"x": x}, step=lambda b: model(b["x"].clamp(max=9.0)).sum())) == ("batch", "x", "inf")
+
+
+def test_module_that_overflows_by_itself_is_named_though_the_batch_is_not_finite() -> None:
+    model = nn.Sequential(linear(), Call(torch.tanh), grad_times(NAN), linear())
+    batch = {"x": torch.ones(2, 4), "unused": torch.full((3,), INF)}
+    assert where(look(model, batch, step=lambda b: model(b["x"]).sum())) == ("backward", "2", "nan")
+
+
+def test_layer_whose_gradient_is_spoilt_by_its_own_infinite_output_is_named_for_the_forward() -> None:
+    # 7e4 is Inf in FP16: the output is Inf, tanh makes it 1, and its gradient of zero times Inf is NaN.
+    model = Saturates(nn.Linear(4, 4), torch.tanh)
+    found = look(model, torch.full((2, 4), 7e4), fp16=True)
+    assert (found.phase, found.fqn) == ("forward", "layer")
+    assert found.amax["input"] == 7e4
+
+
+# --- Values beside the loss ----------------------------------------------------------------------
+
+
+class Beside(nn.Module):
+    """A student, and a module that is infinite whose values go to the loss or to a log only."""
+
+    def __init__(self, how: str, depth: int = 0) -> None:
+        super().__init__()
+        self.student, self.how = linear(), how
+        self.teacher: nn.Module = nn.Sequential(linear(), Call(lambda x: x.float() * INF))
+        for _ in range(depth):
+            self.teacher = nn.Sequential(self.teacher)
+
+    def teach(self, x: Tensor) -> Tensor:
+        if self.how == "no_grad":
+            with torch.no_grad():
+                return self.teacher(x)
+        return self.teacher(x).detach()
+
+
+HOW = ["no_grad", "detach"]
+
+
+@pytest.mark.parametrize("depth", [0, 3])
+@pytest.mark.parametrize("how", HOW)
+def test_statistic_that_is_only_logged_is_not_blamed_for_a_loss_that_divides_by_zero(how, depth) -> None:
+    model, logged = Beside(how, depth), []
+
+    def step(x: Tensor) -> Tensor:
+        logged.append(model.teach(x).mean())
+        return model.student(x).sum() / 0
+
+    assert where(look(model, step=step))[:2] == ("loss", "loss")
+
+
+@pytest.mark.parametrize("how", HOW)
+def test_teacher_whose_values_are_the_target_is_blamed(how) -> None:
+    model = Beside(how)
+    found = look(model, step=lambda x: F.mse_loss(model.student(x), model.teach(x)))
+    assert where(found)[:2] == ("forward", "teacher.1")
+
+
+@pytest.mark.parametrize("how", HOW)
+def test_teacher_is_told_from_a_statistic_beside_it(how) -> None:
+    class Both(Beside):
+        def __init__(self) -> None:
+            super().__init__(how)
+            self.statistic = Call(lambda x: x * INF)
+
+    model = Both()
+
+    def step(x: Tensor) -> Tensor:
+        model.statistic(x.detach())
+        return F.mse_loss(model.student(x), model.teach(x))
+
+    assert where(look(model, step=step))[:2] == ("forward", "teacher.1")
+
+
+@pytest.mark.parametrize(("reaches", "phase", "fqn"), [(False, "loss", "loss"), (True, "forward", "Beside")])
+def test_code_that_hands_a_teacher_infinity_is_blamed_only_if_the_teacher_matters(reaches, phase, fqn) -> None:
+    model = Beside("no_grad")
+    model.teacher = linear()
+
+    def step(x: Tensor) -> Tensor:
+        y = model.teach(x * INF)
+        return F.mse_loss(model.student(x), y) if reaches else model.student(x).sum() / 0
+
+    assert where(look(model, step=step))[:2] == (phase, fqn)
+
+
+# --- Logarithms of zero --------------------------------------------------------------------------
+
+
+class LogOfZero(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.softmax(x.float() * torch.tensor([1e4, 1.0, 1.0, 1.0]), -1).log()
+
+
+LOSSES = {
+    "NLLLoss": nn.NLLLoss(),
+    "nll_loss": F.nll_loss,
+    "KLDivLoss": nn.KLDivLoss(reduction="batchmean"),
+}
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_module_that_took_the_logarithm_of_zero_is_named_and_not_the_loss(loss) -> None:
+    class Scores(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.logs, self.criterion = linear(), LogOfZero(), LOSSES[loss]
+
+    model = Scores()
+    nn.init.eye_(model.stem.weight)
+    target = torch.tensor([1, 2]) if "l_l" in loss.lower() or "NLL" in loss else torch.full((2, 4), 0.25)
+    found = look(model, step=lambda x: model.criterion(model.logs(model.stem(x)), target))
+    assert where(found) == ("forward", "logs", "inf")
+
+
+def test_masked_scores_of_the_true_class_are_no_contradiction_in_the_sentence_about_the_loss() -> None:
+    model = nn.Sequential(linear(), Call(lambda x: x.masked_fill(torch.eye(2, 4) > 0, -INF)), nn.CrossEntropyLoss())
+    found = look(model, step=lambda x: model[2](model[1](model[0](x)), torch.arange(2)))
+    assert where(found)[:2] == ("loss", "loss")
+    said = describe_event(OverflowEvent(0, 0, 0, loss_scale=1.0, calibrating=False, **vars(found)))
+    assert "the loss is Inf (" in said
+    assert "finite" not in said
+    alone = look(linear(), step=lambda x: x.sum() / 0)
+    said = describe_event(OverflowEvent(0, 0, 0, loss_scale=1.0, calibrating=False, **vars(alone)))
+    assert "while all activations are finite" in said

@@ -45,8 +45,9 @@ class OverflowMonitor(Callback):
 
     A non-finite item of the batch is blamed if the replay is finite with finite values in all such items and
     not while this one stays; not if it does no harm, as labels that are masked out. That takes a few passes
-    more: 1 for one such item, 8 for 100. ``"always"`` cannot tell, and blames an item if no module made
-    anything non-finite of finite values.
+    more: 1 for one such item, 8 for 100. In the same way a module without a gradient is blamed if its values
+    did the harm, as a teacher's, and not if they were only logged. ``"always"`` cannot tell: it blames an
+    item if no module made anything non-finite of finite values, and such a module in either case.
 
     With an optimizer that skips on the device (fused Adam, AdamW) the event comes one step late, before the
     next update. Manual optimization, ``dataloader_iter``, sharding strategies and a replay that fails (as by

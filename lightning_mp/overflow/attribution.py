@@ -22,12 +22,13 @@ from lightning_mp.overflow.probes import ModuleCall
 from lightning_mp.overflow.statistics import Statistics, TensorStats, Wanted, named_tensors
 from lightning_mp.selection import is_normalization
 
-__all__ = ["Observation", "describe_item", "find_culprit"]
+__all__ = ["Observation", "describe_item", "find_beside", "find_culprit"]
 
-# What of torch.nn is given masked scores: minus infinity is zero probability to them.
+# What of torch.nn is given masked scores: minus infinity is zero probability to them. Not what takes logarithms of
+# probabilities, as NLLLoss: there it does harm only where somebody made the probability of the target zero.
 _MASKED = (
     *(nn.Softmax, nn.Softmax2d, nn.Softmin, nn.LogSoftmax, nn.AdaptiveLogSoftmaxWithLoss),
-    *(nn.CrossEntropyLoss, nn.NLLLoss, nn.KLDivLoss, nn.CTCLoss),
+    nn.CrossEntropyLoss,
     *(nn.MultiheadAttention, nn.Transformer, nn.TransformerEncoder, nn.TransformerEncoderLayer),
     *(nn.TransformerDecoder, nn.TransformerDecoderLayer),
 )
@@ -90,20 +91,42 @@ class Observation:
         return self.statistics.of(wanted)
 
 
-def find_culprit(seen: Observation) -> Finding | None:
+def find_culprit(seen: Observation, *, innocent: Collection[ModuleCall] = ()) -> Finding | None:
     """Name what went non-finite first: batch, module in forward, loss, or module in backward.
 
     A non-finite forward that does not reach the loss, as behind ``torch.where``, is named only if
-    backward shows nothing; an item of the batch, only if gradients are non-finite.
+    backward shows nothing or goes wrong in what was computed with it; an item of the batch, only if
+    gradients are non-finite.
+
+    Args:
+        seen: The pass.
+        innocent: Calls of ``find_beside`` whose non-finite values are known to have done no harm.
     """
-    calls = _Forward(seen)
-    for call in sorted((c for c in seen.calls if c.finished is not None), key=lambda c: c.finished or 0):
-        calls.add(call)
+    calls = _read_forward(seen, innocent)
     forward = _find_in_forward(calls)
     if not seen.is_loss_finite:
         return forward or _find_loss(calls)
+    call = _find_in_backward(seen)
+    if call is not None:
+        return forward if _is_explained(calls, call) else _describe_backward(seen, call)
     is_harmless = forward is not None and forward.phase == "batch" and seen.param_grads and seen.are_grads_finite
-    return _find_in_backward(seen) or (None if is_harmless else forward)
+    return None if is_harmless else forward
+
+
+def find_beside(seen: Observation) -> list[ModuleCall]:
+    """Return the calls for whose sake ``find_culprit`` blames forward, although the graph knows no way to the loss.
+
+    They may be a frozen teacher whose values are the target, or a statistic that is only logged while the
+    loss goes wrong by itself: one pass cannot tell. The first of them that does harm is to blame.
+    """
+    found = _read_forward(seen, ())
+    if seen.is_loss_finite or found.proven is not None:
+        return []
+    beside = [suspect.call for suspect in found.apart]
+    if not any(seen.stats(wanted).is_bad for wanted in seen.batch.values()):
+        apart = (call for call in seen.calls if found.before_loss.isdisjoint(call.output_nodes))
+        beside += [call for call in apart if seen.stats(call.inputs).is_bad and call not in beside]
+    return beside
 
 
 def describe_item(seen: Observation, path: str) -> Finding:
@@ -131,12 +154,23 @@ class _Forward:
     """
 
     seen: Observation
+    innocent: Collection[ModuleCall] = ()
     culprit: _Suspect | None = None
     masks: list[ModuleCall] = field(default_factory=list)
     lost: list[_Suspect] = field(default_factory=list)
     absorbers: list[ModuleCall] = field(default_factory=list)
     apart: list[_Suspect] = field(default_factory=list)
     """Those of whose values the graph knows no way to the loss: named if no other is found."""
+
+    @property
+    def proven(self) -> _Suspect | None:
+        """The first whose values came to the loss."""
+        return self.culprit or self.find_used(self.lost, self.seen.loss_nodes)
+
+    @property
+    def named(self) -> _Suspect | None:
+        """The one to blame."""
+        return self.proven or next(iter(self.apart), None)
 
     @cached_property
     def before_loss(self) -> set[Any]:
@@ -186,6 +220,8 @@ class _Forward:
         A frozen part of the model has no graph either. It is named by a call around it whose values have, and if
         nobody else made anything non-finite.
         """
+        if suspect.call in self.innocent:
+            return
         if self.before_loss.isdisjoint(suspect.call.output_nodes):
             self.apart.append(suspect)
         else:
@@ -198,9 +234,16 @@ class _Forward:
         return next((s for s in suspects if not reached.isdisjoint(s.call.output_nodes)), None)
 
 
+def _read_forward(seen: Observation, innocent: Collection[ModuleCall]) -> _Forward:
+    calls = _Forward(seen, innocent)
+    for call in sorted((c for c in seen.calls if c.finished is not None), key=lambda c: c.finished or 0):
+        calls.add(call)
+    return calls
+
+
 def _find_in_forward(found: _Forward) -> Finding | None:
     seen = found.seen
-    culprit = found.culprit or found.find_used(found.lost, seen.loss_nodes) or next(iter(found.apart), None)
+    culprit = found.named
     if culprit is not None:
         return _describe_handed(seen, culprit.call) if culprit.maker is None else _describe_forward(seen, culprit.maker)
     items = {path: seen.stats(wanted) for path, wanted in seen.batch.items()}
@@ -260,7 +303,8 @@ def _find_loss(found: _Forward) -> Finding:
     """Name the loss, or the model's own code if a module was handed something non-finite that no module made."""
     seen = found.seen
     made = [stats for stats in (seen.stats(suspect.call.outputs) for suspect in found.lost) if stats.is_bad]
-    handed = (stats for stats in (seen.stats(call.inputs) for call in seen.calls) if stats.is_bad)
+    others = (call for call in seen.calls if call not in found.innocent)
+    handed = (stats for stats in (seen.stats(call.inputs) for call in others) if stats.is_bad)
     entered = next((stats for stats in handed if not any(_covers(stats, each) for each in made)), None)
     if entered is not None:
         return make_finding("forward", type(seen.model).__name__, entered, {"output": entered})
@@ -271,7 +315,23 @@ def _find_loss(found: _Forward) -> Finding:
 # --- Backward ------------------------------------------------------------------------------------
 
 
-def _find_in_backward(seen: Observation) -> Finding | None:
+def _is_explained(found: _Forward, call: ModuleCall) -> bool:
+    """Tell whether the gradient went wrong in this call because of what forward made non-finite.
+
+    A layer that is handed Inf multiplies its gradient by it, though a tanh made its output finite.
+    """
+    suspect = found.named
+    if suspect is not None and suspect.call is call:
+        return True
+    entered = found.seen.stats(call.inputs)
+    if entered.is_finite or (not entered.is_bad and _takes_masks(call)):
+        return False
+    if suspect is None or suspect.maker is None or not suspect.call.output_nodes:
+        return _find_in_forward(found) is not None
+    return not nodes_before(call.output_nodes, without=set()).isdisjoint(suspect.call.output_nodes)
+
+
+def _find_in_backward(seen: Observation) -> ModuleCall | None:
     reached = [call for call in seen.calls if call.backward_started is not None and _leads(seen, call)]
     reached.sort(key=lambda call: call.backward_started or 0)
     culprits = [call for call in reached if _overflows_in_backward(seen, call)]
@@ -280,7 +340,7 @@ def _find_in_backward(seen: Observation) -> Finding | None:
     unexplained = next((c for c in reached if not seen.stats(c.output_grads).is_finite), None)
     if call is None or (unexplained is not None and _is_earlier(unexplained, call)):
         call = _innermost_of(unexplained, reached, seen) if unexplained is not None else call
-    return None if call is None else _describe_backward(seen, call)
+    return call
 
 
 def _leads(seen: Observation, call: ModuleCall) -> bool:

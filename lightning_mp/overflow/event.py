@@ -1,5 +1,6 @@
 """What an overflow was: the finding of the engine, and the event that users read."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
@@ -65,10 +66,12 @@ def make_finding(phase: OverflowPhase, fqn: str, nonfinite: TensorStats, amaxes:
 def describe_event(event: OverflowEvent) -> str:
     """Return the sentence about an event that warnings and errors carry."""
     values = {"inf": "Inf", "nan": "NaN", "both": "Inf and NaN"}[event.kind]
+    # A module that computes the loss may have been handed masked scores.
+    is_input_finite = math.isfinite(event.amax.get("input", 0.0))
     where = {
         "batch": f"item {event.fqn!r} of the batch holds {values}",
         "forward": f"{event.fqn} made {values} in forward",
-        "loss": f"the loss is {values} while all activations are finite",
+        "loss": f"the loss is {values}" + (" while all activations are finite" if is_input_finite else ""),
         "backward": f"the gradient went {values} in {event.fqn}",
     }[event.phase]
     amaxes = ", ".join(f"{name} {value:.3g}" for name, value in event.amax.items())

@@ -1,6 +1,6 @@
 """Hooks on every module that note what goes in and out, forward and backward, without host syncs."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from functools import partial
 from types import TracebackType
@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+from torch.utils._pytree import tree_map_only
 
 from lightning_mp.overflow.aliases import separate_aliases
 from lightning_mp.overflow.graph import Edge, edge_of, edges_of_leaf, edges_to, nodes_before, uses_of
-from lightning_mp.overflow.statistics import Statistics, Wanted, named_tensors
+from lightning_mp.overflow.statistics import Statistics, Wanted, make_finite_, named_tensors
 from lightning_mp.selection import clean_fqn
 
 __all__ = ["ModuleCall", "Probes"]
@@ -73,6 +74,7 @@ class Probes:
             do it, on which an attribute that a ``forward`` sets is lost: not for a real step.
         watches_parameters: Whether gradients of parameters are measured as they arrive in backward, each
             time: before a reduction over ranks, and without those of earlier batches. Not for sharded ones.
+        mended: Places in ``calls`` of those whose outputs get a finite value for each that is not.
 
     Attributes:
         calls: In the order in which they began.
@@ -81,7 +83,14 @@ class Probes:
         statistics: Holds the numbers; the caller reads it.
     """
 
-    def __init__(self, model: nn.Module, *, tells_aliases_apart: bool = True, watches_parameters: bool = False) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        tells_aliases_apart: bool = True,
+        watches_parameters: bool = False,
+        mended: Collection[int] = (),
+    ) -> None:
         self.calls: list[ModuleCall] = []
         self.param_grads: dict[Tensor, Wanted] = {}
         self.shared: set[Tensor] = set()
@@ -89,6 +98,7 @@ class Probes:
         self._model = model
         self._tells_aliases_apart = tells_aliases_apart
         self._watches_parameters = watches_parameters
+        self._mended = mended
         self._names: dict[int, list[str]] = {}
         self._active: list[ModuleCall] = []
         self._handles: list[Any] = []
@@ -210,15 +220,17 @@ class Probes:
         call.nested = [edge_of(t) for t in others.values() if t.grad_fn is not None or not t.is_nested]
         return args, kwargs
 
-    def _after(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+    def _after(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         if _is_recomputing():
-            return
+            return None
         # A call that ended by an exception which somebody caught is still on the stack.
         while self._active and self._active[-1].module is not module:
             self._active.pop()
         if not self._active:
-            return
+            return None
         call = self._active.pop()
+        if self._mended and self.calls.index(call) in self._mended:
+            output = tree_map_only(Tensor, _finite, output)
         call.finished = self._tick()
         call.nodes = range(call.nodes.start, _next_number())
         tensors = [tensor for _, tensor in named_tensors(output)]
@@ -226,6 +238,7 @@ class Probes:
         call.output_nodes = [tensor.grad_fn for tensor in tensors if tensor.grad_fn is not None]
         for tensor in {id(t): t for t in tensors if t.requires_grad}.values():
             self._watch(tensor, call, call.output_grads)
+        return output if self._mended else None
 
     def _watch(self, tensor: Tensor, call: ModuleCall, grads: Wanted) -> None:
         def note(grad: Tensor) -> None:
@@ -236,6 +249,13 @@ class Probes:
         # Taken off in the end: a hook holds these calls, and they hold the graph that holds the hook. No garbage
         # collector sees through it, so that all activations of the batch would stay.
         self._handles.append(tensor.register_hook(note))  # type: ignore[no-untyped-call]
+
+
+def _finite(tensor: Tensor) -> Tensor:
+    finite = tensor.detach().clone()
+    if not make_finite_(finite):
+        return tensor
+    return torch.where(tensor.isfinite(), tensor, finite) if tensor.requires_grad else finite
 
 
 def _next_number() -> int:

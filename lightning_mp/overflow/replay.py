@@ -1,21 +1,23 @@
 """Computing a batch once more under probes, leaving nothing changed."""
 
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Collection, Generator, Mapping
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from lightning_mp.overflow.attribution import Observation, describe_item, find_culprit
+from lightning_mp.overflow.attribution import Observation, describe_item, find_beside, find_culprit
 from lightning_mp.overflow.event import Finding
 from lightning_mp.overflow.preserve import RandomState, eager, preserved
-from lightning_mp.overflow.probes import Probes
-from lightning_mp.overflow.statistics import named_tensors, tensor_values
+from lightning_mp.overflow.probes import ModuleCall, Probes
+from lightning_mp.overflow.statistics import make_finite_, named_tensors
 from lightning_mp.overflow.together import Together
 
 __all__ = ["copy_containers", "replay"]
+
+_T = TypeVar("_T")
 
 # Of items one by one, where they cannot be made finite together: enough for the usual handful.
 _MAX_SINGLE_PASSES = 6
@@ -40,6 +42,8 @@ def replay(
     A non-finite item of the batch is named if the loss is finite once finite values stand in the place of
     all such items, and is not while this one stays. Else it did no harm, as labels that are masked out.
     That takes one further pass and the binary logarithm of the number of such items, such as 8 for 100.
+    A module that the graph does not join to the loss is named if the loss is finite with finite values in
+    place of what it made, as of a frozen teacher, and not as of a statistic that is logged: some passes too.
 
     Args:
         model: The bare module, not a wrapper that reduces gradients.
@@ -80,46 +84,83 @@ def replay(
             try:
                 wanted = passes.send(seen)
             except StopIteration as stopped:
-                wanted, finding, is_done = batch, stopped.value, True
+                wanted, finding, is_done = _Pass(batch), stopped.value, True
         if not together.any_rank(not is_done):
             return finding
 
 
-def _passes(batch: Any) -> Generator[Any, Observation | None, Finding | None]:
-    """Yield the batches to compute, take what each showed, ``None`` if it raised, and return the finding."""
-    seen = yield batch
+class _Pass(NamedTuple):
+    """What to compute: a batch, and calls whose outputs get finite values."""
+
+    batch: Any
+    mended: Collection[int] = ()
+
+
+_Passes: TypeAlias = "Generator[_Pass, Observation | None, _T]"
+
+
+def _passes(batch: Any) -> "_Passes[Finding | None]":
+    """Yield what to compute, take what each pass showed, ``None`` if it raised, and return the finding."""
+    seen = yield _Pass(batch)
     if seen is None:
         return None
-    finding = find_culprit(seen)
-    if finding is None or finding.phase != "batch":
-        return finding
+    innocent = yield from _find_innocent(batch, seen)
+    finding = find_culprit(seen, innocent=innocent)
+    if finding is None:
+        return None
     stats = {path: seen.stats(wanted) for path, wanted in seen.batch.items()}
-    items = [path for path in stats if not stats[path].is_finite]
+    is_item = finding.phase == "batch"
+    # Minus infinity is how masks are written: only where nothing else is found is it asked whether it does harm.
+    items = [path for path in stats if stats[path].is_bad or (is_item and not stats[path].is_finite)]
+    if not items:
+        return finding
     # Most suspicious first: the item that was named, then what is no mask of minus infinity.
     items.sort(key=lambda path: (path != finding.fqn, not stats[path].is_bad))
     again = yield from _repair(batch, items)
+    if _is_cured(again, seen):
+        return describe_item(seen, (yield from _find_harmful(batch, items, seen)))
+    if not is_item:
+        return finding
     if again is None:
-        path = yield from _find_among_the_rest(batch, items, seen)
-    elif _is_cured(again, seen):
-        path = yield from _find_harmful(batch, items, seen)
-    else:
-        return find_culprit(again)
-    return describe_item(seen, path)
+        return describe_item(seen, (yield from _find_among_the_rest(batch, items, seen)))
+    return find_culprit(again)
 
 
-def _repair(batch: Any, paths: list[str]) -> Generator[Any, Observation | None, Observation | None]:
+def _find_innocent(batch: Any, seen: Observation) -> "_Passes[Collection[ModuleCall]]":
+    """Return those of the calls beside the way to the loss whose non-finite values do it no harm.
+
+    Finite values in the place of what they made leave the loss as non-finite as it was.
+    """
+    beside = find_beside(seen)
+    if not beside:
+        return []
+    if not (yield from _helps_to_mend(batch, seen, beside)):
+        return beside
+    # The first that does harm is named, so that what comes after it may stay.
+    for place, call in enumerate(beside[:_MAX_SINGLE_PASSES]):
+        if (yield from _helps_to_mend(batch, seen, [call])):
+            return beside[:place]
+    return []
+
+
+def _helps_to_mend(batch: Any, seen: Observation, calls: Collection[ModuleCall]) -> "_Passes[bool]":
+    again = yield _Pass(batch, [place for place, call in enumerate(seen.calls) if call in calls])
+    return again is None or again.is_loss_finite
+
+
+def _repair(batch: Any, paths: list[str]) -> "_Passes[Observation | None]":
     """Have the batch computed with finite values in these items; ``None`` if it cannot be."""
     repaired = _made_finite(batch, paths)
     if repaired is None:
         return None
-    return (yield repaired)
+    return (yield _Pass(repaired))
 
 
 def _is_cured(again: Observation | None, seen: Observation) -> bool:
     return again is not None and (find_culprit(again) is None or (again.is_loss_finite and not seen.is_loss_finite))
 
 
-def _find_harmful(batch: Any, items: list[str], seen: Observation) -> Generator[Any, Observation | None, str]:
+def _find_harmful(batch: Any, items: list[str], seen: Observation) -> "_Passes[str]":
     """Return the first item that does harm on its own, given that finite values in all of them help.
 
     Each pass leaves half of those in question as they are. If each does harm only together with another,
@@ -133,7 +174,7 @@ def _find_harmful(batch: Any, items: list[str], seen: Observation) -> Generator[
     return suspects[0]
 
 
-def _find_among_the_rest(batch: Any, items: list[str], seen: Observation) -> Generator[Any, Observation | None, str]:
+def _find_among_the_rest(batch: Any, items: list[str], seen: Observation) -> "_Passes[str]":
     """Return the item to blame where one of them, unknown which, cannot be made finite."""
     rest = items
     for path in items[:_MAX_SINGLE_PASSES] if len(items) > 1 else ():
@@ -153,21 +194,15 @@ def _made_finite(batch: Any, paths: list[str]) -> Any:
     for path, tensor in named_tensors(copied):
         if (path or "batch") not in paths:
             continue
-        values = tensor_values(tensor)
-        if values is None or tensor is originals.get(path):
+        if tensor is originals.get(path) or not make_finite_(tensor):
             return None
-        wide = values.float() if values.dtype is not torch.float64 else values
-        finite = wide[wide.isfinite()]
-        # The middle one of its values is as likely as any to be valid, and 0.5 where a probability is meant.
-        middle = finite.median() if finite.numel() else wide.new_tensor(0.5)
-        values.copy_(torch.where(wide.isfinite(), wide, middle))
     return copied
 
 
 def _compute(
     model: nn.Module,
     step: Callable[[Any], Tensor | None],
-    batch: Any,
+    wanted: _Pass,
     rng: RandomState,
     loss_scale: float,
     region: Callable[[], AbstractContextManager[Any]],
@@ -177,11 +212,11 @@ def _compute(
         for name in silenced:
             model.__dict__[name] = _do_nothing
         rng.restore_()
-        with Probes(model) as probes:
+        with Probes(model, mended=wanted.mended) as probes:
             seen = Observation(model, probes.calls, probes.statistics, shared=probes.shared)
-            seen.add_batch(batch)
+            seen.add_batch(wanted.batch)
             with region():
-                loss = step(_cloned(batch))
+                loss = step(_cloned(wanted.batch))
             if loss is None:
                 # Nothing was trained on this batch.
                 return Observation(model, [], probes.statistics)

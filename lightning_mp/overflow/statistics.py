@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lightning_mp.numerics import NonfiniteKind, amax, nonfinite_kind
 
-__all__ = ["Statistics", "TensorStats", "Wanted", "named_tensors", "tensor_values"]
+__all__ = ["Statistics", "TensorStats", "Wanted", "make_finite_", "named_tensors", "tensor_values"]
 
 _MAX_DEPTH = 8
 
@@ -126,6 +126,20 @@ def tensor_values(tensor: Tensor) -> Tensor | None:
     if values.layout is not torch.strided or not values.is_floating_point() or values.is_meta:
         return None
     return values
+
+
+@torch.no_grad()
+def make_finite_(tensor: Tensor) -> bool:
+    """Put a finite value in the place of each that is not; tell whether the tensor has numbers to write to."""
+    values = tensor_values(tensor)
+    if values is None:
+        return False
+    wide = values.float() if values.dtype is not torch.float64 else values
+    finite = wide[wide.isfinite()]
+    # The middle one of its values is as likely as any to be valid, and 0.5 where a probability is meant.
+    middle = finite.median() if finite.numel() else wide.new_tensor(0.5)
+    values.copy_(torch.where(wide.isfinite(), wide, middle))
+    return True
 
 
 def named_tensors(value: Any, name: str = "", depth: int = 0) -> Iterator[tuple[str, Tensor]]:
