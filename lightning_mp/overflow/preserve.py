@@ -229,7 +229,7 @@ def _tensor_contents(value: Tensor) -> Callable[[], None] | None:
                 value.data = storage
             # Not by the version counter: batch norm moves its statistics without raising it (torch 2.13).
             if not _have_same_bits(value, kept):
-                _write(value, kept)
+                write_(value, kept)
 
     return put_back
 
@@ -261,7 +261,7 @@ def _bits(value: Tensor) -> Tensor:
     return value.resolve_neg().view(_BITS[value.itemsize]) if value.is_floating_point() else value
 
 
-def _write(value: Tensor, kept: Tensor) -> None:
+def write_(value: Tensor, kept: Tensor) -> None:
     if value.layout is torch.strided and not value.is_nested:
         # Once: torch refuses to write where `expand` repeats a place.
         repeated = [dim for dim, stride in enumerate(value.stride()) if stride == 0 and value.shape[dim] > 1]

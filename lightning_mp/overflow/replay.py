@@ -19,6 +19,10 @@ __all__ = ["copy_containers", "replay"]
 
 _T = TypeVar("_T")
 
+# Containers of one batch: 1 ms of copying.
+_MAX_COPIES = 4096
+_MAX_COPY_DEPTH = 50
+_COPIED = (list, tuple, dict)
 # Of items one by one, where they cannot be made finite together: enough for the usual handful.
 _MAX_SINGLE_PASSES = 6
 
@@ -246,26 +250,50 @@ def _do_nothing(*args: Any, **kwargs: Any) -> None:
 def copy_containers(value: Any) -> Any:
     """Return ``value`` with its lists and dicts copied and its tensors shared.
 
-    A ``training_step`` that pops an item from its batch leaves such a copy whole.
+    A ``training_step`` that pops an item from its batch leaves such a copy whole. Of containers that refer to
+    many others the first 4096 are copied, each once.
     """
-    if type(value) in (list, tuple):
-        return type(value)([item if type(item) is Tensor else copy_containers(item) for item in value])
-    if type(value) is dict:
-        return {key: copy_containers(item) for key, item in value.items()}
-    return value
+    return _copied(value, {}, 0) if type(value) in (list, tuple, dict) else value
 
 
-def _cloned(batch: Any) -> Any:
+def _copied(value: Any, memo: dict[int, Any], depth: int) -> Any:
+    cls = type(value)
+    if id(value) in memo or len(memo) >= _MAX_COPIES or depth == _MAX_COPY_DEPTH:
+        return memo.get(id(value), value)
+    depth += 1
+    if cls is tuple:
+        items = tuple([item if type(item) not in _COPIED else _copied(item, memo, depth) for item in value])
+        return memo.setdefault(id(value), items)
+    copied: Any = memo.setdefault(id(value), cls())
+    if cls is list:
+        copied += [item if type(item) not in _COPIED else _copied(item, memo, depth) for item in value]
+    else:
+        for key, item in value.items():
+            copied[key] = item if type(item) not in _COPIED else _copied(item, memo, depth)
+    return copied
+
+
+def _cloned(batch: Any, memo: dict[int, Any] | None = None) -> Any:
     """Return a copy of the batch whose tensors are its own, where its containers are plain."""
+    memo = {} if memo is None else memo
+    if id(batch) in memo:
+        return memo[id(batch)]
     if isinstance(batch, Tensor):
-        return batch.detach().clone().requires_grad_(batch.requires_grad)
-    if type(batch) in (list, tuple):
-        return type(batch)([_cloned(item) for item in batch])
+        return memo.setdefault(id(batch), batch.detach().clone().requires_grad_(batch.requires_grad))
+    cls = type(batch)
+    if cls is list:
+        copied = memo.setdefault(id(batch), [])
+        copied.extend([_cloned(item, memo) for item in batch])
+        return copied
+    if cls is dict:
+        copied = memo.setdefault(id(batch), {})
+        copied.update({key: _cloned(item, memo) for key, item in batch.items()})
+        return copied
+    if cls is tuple:
+        return tuple([_cloned(item, memo) for item in batch])
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return type(batch)(*[_cloned(item) for item in batch])
-    if type(batch) is dict:
-        return {key: _cloned(item) for key, item in batch.items()}
-    if isinstance(batch, Mapping) or any(True for _ in named_tensors(batch)):
+        return cls(*[_cloned(item, memo) for item in batch])
+    if hasattr(batch, "clone") and (isinstance(batch, Mapping) or named_tensors(batch)):
         # A library's own batch: it knows best how to copy itself, if it does.
-        return batch.clone() if hasattr(batch, "clone") else batch
+        return memo.setdefault(id(batch), batch.clone())
     return batch

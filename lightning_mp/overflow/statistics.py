@@ -1,7 +1,8 @@
 """What a tensor holds that is not finite, collected on its device and read once at the end."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, is_dataclass
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -12,6 +13,9 @@ from lightning_mp.numerics import NonfiniteKind, amax, nonfinite_kind
 __all__ = ["Statistics", "TensorStats", "Wanted", "make_finite_", "named_tensors", "tensor_values"]
 
 _MAX_DEPTH = 8
+# Each tensor found takes 50 us to be measured on a CPU, so that no batch takes longer than a fifth of a second.
+_MAX_ITEMS = 4096
+_PLAIN = (bool, int, float, complex, str, bytes, type(None))
 
 
 @dataclass(frozen=True)
@@ -82,18 +86,19 @@ class Statistics:
         places = []
         for tensor in tensors:
             values = tensor_values(tensor)
-            if values is not None:
-                places.append(len(self._counts))
-                self._measure(values)
+            if values is None:
+                continue
+            try:
+                counts, largest = _measure(values)
+            except (RuntimeError, TypeError):
+                # Tensor classes of a library's own may know no such operation; watching must not end a run.
+                if type(values) is Tensor:
+                    raise
+                continue
+            places.append(len(self._counts))
+            self._counts.append(counts)
+            self._amaxes.append(largest)
         return places
-
-    @torch.no_grad()
-    def _measure(self, values: Tensor) -> None:
-        # isinf and isnan of FP8 tensors are missing on some devices, and every format casts exactly.
-        wide = values if values.dtype.itemsize > 1 else values.float()
-        counts = [torch.isposinf(wide).sum(), torch.isneginf(wide).sum(), torch.isnan(wide).sum()]
-        self._counts.append(torch.stack(counts))
-        self._amaxes.append(amax(values).float())
 
     def read(self) -> None:
         """Read what was added since the last call; waits for the devices."""
@@ -108,6 +113,14 @@ class Statistics:
         return TensorStats.joined(self._results[place] for place in wanted)
 
 
+@torch.no_grad()
+def _measure(values: Tensor) -> tuple[Tensor, Tensor]:
+    # isinf and isnan of FP8 tensors are missing on some devices, and every format casts exactly.
+    wide = values if values.dtype.itemsize > 1 else values.float()
+    counts = [torch.isposinf(wide).sum(), torch.isneginf(wide).sum(), torch.isnan(wide).sum()]
+    return torch.stack(counts), amax(values).float()
+
+
 def _to_lists(tensors: list[Tensor]) -> list[Any]:
     if len({t.device for t in tensors}) > 1:
         return [t.tolist() for t in tensors]
@@ -119,10 +132,14 @@ def tensor_values(tensor: Tensor) -> Tensor | None:
     values = tensor.detach()
     if hasattr(values, "to_local"):
         values = values.to_local()
+    if values.is_nested:
+        # Its parts alone: what it stores may have gaps.
+        parts = [part.flatten() for part in values.unbind()]
+        values = torch.cat(parts) if parts else torch.empty(0)
     if values.layout in (torch.sparse_coo, torch.sparse_csr):
         values = values._values() if values.layout is torch.sparse_coo else values.values()
     if values.is_complex():
-        values = torch.view_as_real(values)
+        values = torch.view_as_real(values.resolve_conj())
     if values.layout is not torch.strided or not values.is_floating_point() or values.is_meta:
         return None
     return values
@@ -131,8 +148,9 @@ def tensor_values(tensor: Tensor) -> Tensor | None:
 @torch.no_grad()
 def make_finite_(tensor: Tensor) -> bool:
     """Put a finite value in the place of each that is not; tell whether the tensor has numbers to write to."""
-    values = tensor_values(tensor)
-    if values is None:
+    # The same numbers, but for the sign of their imaginary parts: what resolves a conjugate is a copy.
+    values = tensor_values(tensor.conj() if tensor.is_conj() else tensor)
+    if values is None or tensor.is_nested:
         return False
     wide = values.float() if values.dtype is not torch.float64 else values
     finite = wide[wide.isfinite()]
@@ -142,18 +160,43 @@ def make_finite_(tensor: Tensor) -> bool:
     return True
 
 
-def named_tensors(value: Any, name: str = "", depth: int = 0) -> Iterator[tuple[str, Tensor]]:
+def named_tensors(value: Any) -> list[tuple[str, Tensor]]:
     """Find the tensors in nested mappings, sequences, dataclasses and plain objects, with dotted paths.
+
+    What is reached in two ways is found in one of them, the shorter; a graph of objects, as of samples that refer to
+    their data set, to a depth of 8 and to 4096 items, the nearest.
 
     Example:
         >>> [path for path, _ in named_tensors([torch.zeros(1), {"mask": torch.ones(1)}])]
         ['0', '1.mask']
     """
     if isinstance(value, Tensor):
-        yield name, value
-        return
-    for key, item in _items(value) if depth < _MAX_DEPTH else ():
-        yield from named_tensors(item, f"{name}.{key}" if name else str(key), depth + 1)
+        return [("", value)]
+    found: list[tuple[tuple[int, ...], str, Tensor]] = []
+    # Held: a property may make what it returns, and the next could get its address.
+    seen: dict[int, Any] = {id(value): value}
+    level: list[tuple[tuple[int, ...], str, Any]] = [((), "", value)]
+    num_items = 0
+    for _ in range(_MAX_DEPTH):
+        holders, level = level, []
+        for place, name, holder in holders:
+            for position, (key, item) in enumerate(_items(holder)):
+                num_items += 1
+                if num_items > _MAX_ITEMS:
+                    return _in_order(found)
+                if isinstance(item, _PLAIN):
+                    continue
+                path = f"{name}.{key}" if name else str(key)
+                if isinstance(item, Tensor):
+                    found.append(((*place, position), path, item))
+                elif id(item) not in seen:
+                    seen[id(item)] = item
+                    level.append(((*place, position), path, item))
+    return _in_order(found)
+
+
+def _in_order(found: list[tuple[tuple[int, ...], str, Tensor]]) -> list[tuple[str, Tensor]]:
+    return [(path, tensor) for _, path, tensor in sorted(found, key=itemgetter(0))]
 
 
 def _items(value: Any) -> Iterable[tuple[Any, Any]]:
