@@ -5,21 +5,28 @@ from typing import Any
 from lightning.pytorch import LightningModule
 from torch import Tensor
 
-from lightning_mp.overflow import Observation, Probes, RandomState
+from lightning_mp.overflow import KeptState, Observation, Probes, RandomState
 
 __all__ = ["BatchWindow", "HeldBatch"]
 
 
 class HeldBatch:
-    """A batch that may have to be replayed, with the random states from before its step."""
+    """A batch that may have to be replayed, with the random states and the modules' state from before its step."""
 
-    __slots__ = ("_probes", "batch", "batch_idx", "rng", "seen")
+    __slots__ = ("_probes", "batch", "batch_idx", "has_begun", "rng", "seen", "state")
 
     def __init__(self, batch: Any, batch_idx: int) -> None:
         self.batch = batch
         self.batch_idx = batch_idx
         self.rng = RandomState.now()
+        self.has_begun = False
+        self.state: KeptState = []
         self.seen: Observation | None = None
+
+    def begin(self) -> None:
+        """Take the random states again, where hooks ran since the batch was started."""
+        self.rng = RandomState.now()
+        self.has_begun = True
 
     def watch(self, model: LightningModule, *, watches_parameters: bool) -> None:
         """Probe the real step of this batch."""

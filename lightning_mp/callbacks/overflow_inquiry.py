@@ -15,17 +15,21 @@ from lightning_mp.callbacks.batch_window import HeldBatch
 from lightning_mp.callbacks.event_log import gather_events
 from lightning_mp.callbacks.interruption import is_alone
 from lightning_mp.callbacks.overflow_watch import parameters_of, training_loss
+from lightning_mp.callbacks.quiet_logs import quiet_logs
 from lightning_mp.overflow import (
     Finding,
     OverflowEvent,
     RanksPartedError,
+    StateLostError,
     Together,
+    WrittenState,
     find_culprit,
     find_in_gradients,
     part_for,
     replay,
 )
 from lightning_mp.precision import MixedPrecision, StepReport
+from lightning_mp.precision.notices import notice_once
 
 __all__ = ["Answer", "Inquiry", "Probe"]
 
@@ -63,6 +67,7 @@ class Inquiry:
         batches: Those whose gradients the step was made of.
         stepped: The optimizer of the step, where there are several.
         amaxes: Largest magnitude of each gradient, if they were measured before they were lost.
+        written: What steps were seen to write.
         has_gradients: Whether the gradients of the step are still there.
         calibrating: Whether a dynamic scale still looks for its value.
     """
@@ -75,6 +80,7 @@ class Inquiry:
     batches: list[HeldBatch]
     stepped: Optimizer | None
     amaxes: tuple[list[Parameter], Tensor] | None
+    written: WrittenState | None
     has_gradients: bool
     calibrating: bool
 
@@ -119,6 +125,13 @@ class Inquiry:
             return self._look_at(held, together), None
         except RanksPartedError:
             return None, _PARTED
+        except StateLostError as error:
+            # From now on it is kept.
+            notice_once(
+                f"OverflowMonitor: {error}, so that a replay would start from it. A parameter is named for this "
+                "overflow, and later ones start from what is there before the step; probe='always' needs no replay."
+            )
+            return None, None
         # Watching must not end a run: whatever the user's code or the device raises is said, once.
         except Exception as error:
             return None, f"the replay failed with {type(error).__name__}: {error}"
@@ -131,7 +144,8 @@ class Inquiry:
                 # The loss that was noted is the scaled one, which may overflow by itself.
                 seen = replace(seen, loss=[])
             return None if seen is None else find_culprit(seen)
-        with nullcontext() if self.plugin is None else self.plugin.unrecorded():
+        quiet = quiet_logs(self.trainer, self.module, held.batch)
+        with quiet, nullcontext() if self.plugin is None else self.plugin.unrecorded():
             return replay(
                 self.module,
                 partial(training_loss, self.trainer, self.module, held.batch_idx),
@@ -140,6 +154,7 @@ class Inquiry:
                 loss_scale=self.report.loss_scale,
                 region=self.trainer.precision_plugin.forward_context,
                 silenced=("log", "log_dict"),
+                state=None if self.written is None else (self.written, held.state),
                 together=together,
             )
 

@@ -8,9 +8,11 @@ from lightning_mp.overflow.preserve import RandomState
 from lightning_mp.overflow.probes import ModuleCall, Probes
 from lightning_mp.overflow.replay import copy_containers, replay
 from lightning_mp.overflow.together import RanksPartedError, Together
+from lightning_mp.overflow.written import KeptState, StateLostError, WrittenState
 
 __all__ = [
     "Finding",
+    "KeptState",
     "ModuleCall",
     "Observation",
     "OverflowEvent",
@@ -18,7 +20,9 @@ __all__ = [
     "Probes",
     "RandomState",
     "RanksPartedError",
+    "StateLostError",
     "Together",
+    "WrittenState",
     "copy_containers",
     "describe_event",
     "find_culprit",

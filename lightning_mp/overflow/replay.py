@@ -1,7 +1,7 @@
 """Computing a batch once more under probes, leaving nothing changed."""
 
 from collections.abc import Callable, Collection, Generator, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import torch
@@ -14,6 +14,7 @@ from lightning_mp.overflow.preserve import RandomState, eager, preserved
 from lightning_mp.overflow.probes import ModuleCall, Probes
 from lightning_mp.overflow.statistics import make_finite_, named_tensors
 from lightning_mp.overflow.together import Together
+from lightning_mp.overflow.written import KeptState, WrittenState
 
 __all__ = ["copy_containers", "replay"]
 
@@ -36,6 +37,7 @@ def replay(
     loss_scale: float,
     region: Callable[[], AbstractContextManager[Any]],
     silenced: tuple[str, ...] = (),
+    state: tuple[WrittenState, KeptState] | None = None,
     together: Together | None = None,
 ) -> Finding | None:
     """Compute ``batch`` once more and name what went non-finite first.
@@ -57,12 +59,14 @@ def replay(
         loss_scale: Factor on the loss that its backward used.
         region: The autocast region of the step.
         silenced: Methods of ``model`` that do nothing meanwhile, such as ``"log"``.
+        state: What steps of the model write, and what was there before this one.
         together: Keeps the ranks together: each computes as many passes as the one that needs most.
 
     Returns:
         The finding; ``None`` if the batch computes without anything non-finite.
 
     Raises:
+        StateLostError: If the step began with a state that is gone, and what it left there instead is not finite.
         Exception: Whatever ``step`` or its backward raises on the batch as it is, such as by reentrant
             checkpointing, which knows no ``torch.autograd.grad``. If it raises on finite values, as where NaN
             is padding, then the item in whose place they stand stays as suspicious as it was.
@@ -76,7 +80,7 @@ def replay(
         error: Exception | None = None
         try:
             with together:
-                seen = _compute(model, step, wanted, rng, loss_scale, region, silenced)
+                seen = _compute(model, step, wanted, rng, loss_scale, region, silenced, state)
         except Exception as raised:
             error = raised
         if together.any_rank(error is not None) and first is None:
@@ -211,12 +215,18 @@ def _compute(
     loss_scale: float,
     region: Callable[[], AbstractContextManager[Any]],
     silenced: tuple[str, ...],
+    state: tuple[WrittenState, KeptState] | None,
 ) -> Observation:
     with preserved(model), eager(), torch.inference_mode(False), torch.enable_grad():
+        check: AbstractContextManager[None] = nullcontext()
+        if state is not None:
+            written, kept = state
+            written.restore_(kept)
+            check = written.checked(kept)
         for name in silenced:
             model.__dict__[name] = _do_nothing
         rng.restore_()
-        with Probes(model, mended=wanted.mended) as probes:
+        with check, Probes(model, mended=wanted.mended) as probes:
             seen = Observation(model, probes.calls, probes.statistics, shared=probes.shared)
             seen.add_batch(wanted.batch)
             with region():
