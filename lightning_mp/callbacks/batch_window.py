@@ -1,11 +1,12 @@
 """The batches that may have to be blamed for a step."""
 
+from contextlib import ExitStack
 from typing import Any
 
 from lightning.pytorch import LightningModule
 from torch import Tensor
 
-from lightning_mp.overflow import KeptState, Observation, Probes, RandomState
+from lightning_mp.overflow import KeptState, Observation, Probes, RandomState, eager
 
 __all__ = ["BatchWindow", "HeldBatch"]
 
@@ -13,7 +14,7 @@ __all__ = ["BatchWindow", "HeldBatch"]
 class HeldBatch:
     """A batch that may have to be replayed, with the random states and the modules' state from before its step."""
 
-    __slots__ = ("_probes", "batch", "batch_idx", "has_begun", "rng", "seen", "state")
+    __slots__ = ("_probes", "_watching", "batch", "batch_idx", "has_begun", "rng", "seen", "state")
 
     def __init__(self, batch: Any, batch_idx: int) -> None:
         self.batch = batch
@@ -29,9 +30,12 @@ class HeldBatch:
         self.has_begun = True
 
     def watch(self, model: LightningModule, *, watches_parameters: bool) -> None:
-        """Probe the real step of this batch."""
+        """Probe the real step of this batch; compiled modules run as written until ``unwatch``."""
         probes = Probes(model, tells_aliases_apart=False, watches_parameters=watches_parameters)
-        self._probes = probes.__enter__()
+        self._probes = probes
+        self._watching = ExitStack()
+        self._watching.enter_context(eager())
+        self._watching.enter_context(probes)
         self.seen = Observation(
             model, probes.calls, probes.statistics, param_grads=probes.param_grads, shared=probes.shared
         )
@@ -46,7 +50,7 @@ class HeldBatch:
     def unwatch(self) -> None:
         """Take the hooks off the model; what they noted stays."""
         if self.seen is not None:
-            self._probes.__exit__(None, None, None)
+            self._watching.close()
 
 
 class BatchWindow:

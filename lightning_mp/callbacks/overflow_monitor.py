@@ -248,17 +248,34 @@ class OverflowMonitor(Callback):
             self._begin_state(held)
 
     def _begin_state(self, held: HeldBatch) -> None:
-        if self._written is not None:
+        """Keep what the step may write, and look at the modules if it is one of the first."""
+        if self._written is None:
+            return
+        try:
             held.state = self._written.keep()
             if self._num_looks:
                 self._num_looks -= 1
                 self._looked = held
                 self._written.begin()
+        # Watching must not end a run, and what modules hold may do anything when it is read.
+        except Exception as error:
+            self._forget_state(error)
 
     def _end_look(self) -> None:
         held, self._looked = self._looked, None
-        if held is not None and self._written is not None:
+        if held is None or self._written is None:
+            return
+        try:
             held.state += self._written.end(held.state)
+        except Exception as error:
+            self._forget_state(error)
+
+    def _forget_state(self, error: Exception) -> None:
+        self._written, self._looked, self._num_looks = None, None, 0
+        notice_once(
+            f"OverflowMonitor: what the modules hold cannot be read ({type(error).__name__}: {error}), so that a "
+            "replay starts from what the step has left there. Use probe='always' if steps carry state on."
+        )
 
     def on_before_zero_grad(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         # The last moment at which the gradients of the previous step are there.

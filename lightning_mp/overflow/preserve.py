@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.nn.parameter import is_lazy
 
-__all__ = ["RandomState", "eager", "preserved"]
+__all__ = ["RandomState", "dict_class", "eager", "preserved", "write_"]
 
 _HAS_CUDA = torch.backends.cuda.is_built()  # type: ignore[no-untyped-call]  # true for ROCm too
 
@@ -116,7 +116,7 @@ def _items_of(value: Any) -> list[Any]:
         # A scripted module holds its buffers and children elsewhere.
         return _with_contents([*value.__dict__.values(), *value.buffers(recurse=False), *value.children()])
     if issubclass(cls, dict):
-        return _with_contents(_dict_class(value).values(value))
+        return _with_contents(dict_class(value).values(value))
     return _with_contents(value) if issubclass(cls, (list, tuple, set, frozenset, deque)) else []
 
 
@@ -149,7 +149,7 @@ def _contents_of(value: Any) -> Callable[[], None] | None:
     if isinstance(value, nn.Module):
         return partial(_refill_dict, value.__dict__, dict(value.__dict__))
     if isinstance(value, dict):
-        return partial(_refill_dict, value, dict(_dict_class(value).items(value)))
+        return partial(_refill_dict, value, dict(dict_class(value).items(value)))
     if isinstance(value, list):
         return partial(_refill_list, value, list(value))
     if isinstance(value, set | deque):
@@ -162,7 +162,7 @@ def _contents_of(value: Any) -> Callable[[], None] | None:
 
 
 def _refill_dict(value: dict[Any, Any], kept: dict[Any, Any]) -> None:
-    base = _dict_class(value)
+    base = dict_class(value)
     if _are_same(base.keys(value), kept) and _are_same(base.values(value), kept.values()):
         return
     base.clear(value)
@@ -170,7 +170,8 @@ def _refill_dict(value: dict[Any, Any], kept: dict[Any, Any]) -> None:
         base.__setitem__(value, key, item)
 
 
-def _dict_class(value: dict[Any, Any]) -> Any:
+def dict_class(value: dict[Any, Any]) -> Any:
+    """Return the built-in class whose methods write to a dict of any subclass."""
     return OrderedDict if isinstance(value, OrderedDict) else dict
 
 
@@ -262,6 +263,7 @@ def _bits(value: Tensor) -> Tensor:
 
 
 def write_(value: Tensor, kept: Tensor) -> None:
+    """Give ``value``, which may be expanded, the numbers of ``kept``."""
     if value.layout is torch.strided and not value.is_nested:
         # Once: torch refuses to write where `expand` repeats a place.
         repeated = [dim for dim, stride in enumerate(value.stride()) if stride == 0 and value.shape[dim] > 1]

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_map_only
 
-from lightning_mp.overflow.preserve import write_
+from lightning_mp.overflow.preserve import dict_class, write_
 from lightning_mp.overflow.statistics import Statistics
 
 __all__ = ["KeptState", "StateLostError", "WrittenState"]
@@ -90,9 +91,9 @@ class _Place:
             holder.clear()
             (holder.update if isinstance(holder, set) else holder.extend)(value)
         elif value is not _ABSENT:
-            dict.__setitem__(holder, self.key, value)
-        elif self.key in holder:
-            dict.__delitem__(holder, self.key)
+            dict_class(holder).__setitem__(holder, self.key, value)
+        elif dict.__contains__(holder, self.key):
+            dict_class(holder).__delitem__(holder, self.key)
 
 
 # By container: its name, itself, what it held, and the versions of its tensors.
@@ -120,7 +121,7 @@ class WrittenState:
         self._places: dict[tuple[int, Hashable], _Place] = {}
         self._before: _Seen | None = None
         self._clones: dict[int, Tensor] = {}
-        num_bytes = sum(p.numel() * p.itemsize for p in model.parameters() if not torch.nn.parameter.is_lazy(p))
+        num_bytes = sum(p.numel() * p.itemsize for p in model.parameters() if not is_lazy(p))
         self._max_cloned = max(_MIN_CLONED_BYTES, num_bytes // _SHARE_OF_PARAMETERS)
         self._max_held = max(_MIN_HELD_BYTES, num_bytes // _SHARE_OF_PARAMETERS)
 
@@ -201,7 +202,7 @@ class WrittenState:
                 if is_changed or in_place:
                     yield _Place(name, holder, None, in_place)
                 continue
-            for key in {**held, **holder}:
+            for key in {**held, **_shallow(holder)}:
                 old, now = held.get(key, _ABSENT), dict.get(holder, key, _ABSENT)
                 in_place = old is now and key in versions and now._version != versions[key]
                 if (old is not now or in_place) and key not in self._ignored and not isinstance(now, Parameter):
@@ -280,7 +281,8 @@ def _versions(holder: Any) -> dict[Hashable, int]:
         key: value._version
         for key, value in items
         # A tensor of inference mode counts none.
-        if isinstance(value, Tensor) and not isinstance(value, Parameter) and not value.is_inference()
+        if isinstance(value, Tensor) and not isinstance(value, Parameter)
+        if not value.is_inference() and not is_lazy(value)
     }
 
 
@@ -290,7 +292,8 @@ def _few_tensors(value: Any, left: int = 16) -> list[Tensor] | None:
         return [value] if value.layout is torch.strided and not value.is_nested else None
     if isinstance(value, _PLAIN):
         return []
-    if not (type(value) in (list, tuple, dict) or hasattr(value, "_fields")) or len(value) > left:
+    is_named = isinstance(value, tuple) and hasattr(value, "_fields")
+    if not (type(value) in (list, tuple, dict) or is_named) or len(value) > left:
         return None
     found: list[Tensor] = []
     for item in value.values() if isinstance(value, dict) else value:

@@ -785,6 +785,49 @@ def test_compiled_model_is_replayed_uncompiled() -> None:
     assert (only(monitor).phase, only(monitor).fqn) == ("forward", "blocks.2.1")
 
 
+@pytest.mark.parametrize("fullgraph", [False, True])
+@pytest.mark.parametrize("how", ["in place", "wrapped"])
+@pytest.mark.parametrize("probe", ["replay", "always"])
+def test_compiled_module_inside_is_looked_into_and_compiled_again_afterwards(probe, how, fullgraph, caplog) -> None:
+    runs: list[bool] = []
+
+    class Inner(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.bad = nn.Linear(WIDTH, WIDTH), Scale()
+
+        def forward(self, x: Tensor, factor: Tensor) -> Tensor:
+            return self.bad(self.layer(x), factor)
+
+    class Scale(nn.Module):
+        def forward(self, x: Tensor, factor: Tensor) -> Tensor:
+            return x * factor * factor
+
+    class Compiled(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = Inner()
+            if how == "in place":
+                self.inner.compile(backend="eager", fullgraph=fullgraph)
+            else:
+                self.inner = torch.compile(self.inner, backend="eager", fullgraph=fullgraph)
+
+        def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+            return self.inner(batch["x"], torch.tensor(1e30 if batch_idx == BAD else 1.0)).float().mean()
+
+        def on_train_end(self) -> None:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                runs.append(torch._dynamo.eval_frame._stance.stance == "default")
+
+    torch.compiler.reset()
+    monitor = OverflowMonitor(probe=probe)
+    fit(Compiled(), monitor, plugin=MixedPrecision("bf16"))
+    assert [(e.step, e.phase, e.fqn) for e in monitor.events] == [(BAD, "forward", "inner.bad")]
+    assert runs == [True]
+    assert not [record for record in caplog.records if "recompile_limit" in record.message]
+
+
 def test_plugin_without_gradient_checks_gives_no_events_and_trains() -> None:
     monitor = OverflowMonitor()
     trainer(callbacks=[monitor]).fit(Net("loss"), batches())

@@ -1,7 +1,7 @@
 """A replay starts from what the step started from: modules' state, random numbers; and what it logs goes nowhere."""
 
 import warnings
-from collections import deque
+from collections import OrderedDict, deque
 from typing import Any
 
 import pytest
@@ -229,6 +229,50 @@ def test_statistics_that_hold_infinity_and_steer_nothing_keep_no_module_from_bei
         warnings.simplefilter("ignore")  # torchmetrics about NaN
         fit(Notes(), monitor)
     assert [(e.step, e.phase, e.fqn) for e in monitor.events] == [(6, "forward", "up"), (7, "forward", "up")]
+
+
+class Unreadable(dict):
+    """Refuses to be looked at."""
+
+    def __len__(self) -> int:
+        raise RuntimeError("no looking")
+
+
+def test_container_that_cannot_be_read_ends_no_run_and_keeps_no_module_from_being_named(caplog) -> None:
+    model = Carries("attribute", bad=3)
+    model.strange = Unreadable(a=1)
+    monitor = OverflowMonitor()
+    with caplog.at_level("INFO"):
+        fit(model, monitor)
+    assert 3 in [e.step for e in monitor.events]
+    assert any("cannot be read (RuntimeError: no looking)" in record.message for record in caplog.records)
+
+
+class Ordered(LightningModule):
+    """Carries its state in an ordered dict, whose order is part of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.enter, self.up = nn.Linear(WIDTH, WIDTH), Up()
+        self.table: Any = OrderedDict(first=torch.zeros(2, WIDTH))
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        state = self.table.popitem(last=False)[1]
+        h = self.up(self.enter(batch).tanh() + (state - state), batch_idx == 3)
+        self.table[f"of {batch_idx}"] = h.detach()
+        return h.float().mean()
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def test_ordered_dict_is_whole_after_a_replay() -> None:
+    model, monitor = Ordered(), OverflowMonitor()
+    fit(model, monitor, num=4)
+    assert [e.step for e in monitor.events] == [3]
+    assert list(model.table) == list(reversed(list(reversed(model.table)))) == ["of 3"]
+    assert len(model.table) == 1
 
 
 # --- What it costs -------------------------------------------------------------------------------
