@@ -5,10 +5,24 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor
+from torch.autograd import Variable
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
 __all__ = ["BackwardWatch"]
+
+
+class _End:
+    """Called by autograd at the end of a backward, which holds the only reference: it dies with one that fails."""
+
+    def __init__(self, running: set[int]) -> None:
+        self._running = running
+        running.add(id(self))
+
+    def __call__(self) -> None:
+        self._running.discard(id(self))
+
+    __del__ = __call__
 
 
 class BackwardWatch:
@@ -23,6 +37,7 @@ class BackwardWatch:
 
     def __init__(self, parameters: Iterable[Parameter] = ()) -> None:
         self._is_announced = False
+        self._running: set[int] = set()  # backwards of scaled losses
         self._stray: dict[int, tuple[Tensor, Tensor | None]] = {}
         watched: list[Any] = [p for p in parameters if p.requires_grad and p.is_leaf]
         self.is_on = bool(watched)
@@ -38,9 +53,16 @@ class BackwardWatch:
         finally:
             self._is_announced = False
 
+    def announce_running(self) -> None:
+        """Note nothing new until the end of the backward that is running: call it from a hook in there."""
+        self._drop_cleared()
+        # A backward inside of it, as of a reentrant checkpoint, is one of the same loss.
+        Variable._execution_engine.queue_callback(_End(self._running))
+
     def _note(self, param: Tensor) -> None:
+        is_announced = self._is_announced or bool(self._running)
         # A gradient that an announced backward adds to one of those stays one, also as another tensor.
-        if not self._is_announced or id(param) in self._stray:
+        if not is_announced or id(param) in self._stray:
             self._stray[id(param)] = (param, param.grad)
 
     def _drop_cleared(self) -> None:

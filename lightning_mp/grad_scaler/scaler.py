@@ -1,20 +1,33 @@
 """The loss scale as a ``torch.amp.GradScaler``: a rule's state in tensors, updated in place."""
 
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from lightning_mp.grad_scaler.readback import Readback
 from lightning_mp.loss_scale import DynamicLossScale, LossScaleRule, LossScaleState
 
-__all__ = ["LossScaler"]
+__all__ = ["LossScaler", "StepDriver"]
+
+
+class StepDriver(Protocol):
+    """Unscales, steps and moves the scale on its own, and is to hear what user code does through the scaler."""
+
+    def before_scaled_backward(self, loss: Tensor) -> None:
+        """Hear, inside of a backward, that it is one of ``loss`` times the scale."""
+
+    def unscale_gradients(self, optimizer: Optimizer) -> None:
+        """Divide the optimizer's gradients by the scale, once."""
 
 
 class LossScaler(torch.amp.GradScaler):
     """A ``torch.amp.GradScaler`` whose scale follows a rule of ``loss_scale``.
 
-    The scale and its counters live in 0-dim tensors on the device of the loss and are updated there.
+    The scale and its counters live in 0-dim tensors on the device of the loss and are updated there. While
+    a ``driver`` is set, torch's recipe by hand (``scale``, ``unscale_``, ``step``, ``update``) goes through it.
 
     Args:
         rule: ``DynamicLossScale`` or ``StaticLossScale``.
@@ -28,6 +41,7 @@ class LossScaler(torch.amp.GradScaler):
         self._device = device_type
         self._hysteresis_tracker: Tensor | None = None
         self._init_hysteresis = 1
+        self.driver: StepDriver | None = None
         self._set_rule(rule)
         self._set_state(rule.initial_state())
 
@@ -86,6 +100,42 @@ class LossScaler(torch.amp.GradScaler):
         self._set_state(state)
         self._per_optimizer_states.clear()
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "driver": None}
+
+    def multiply(self, loss: Tensor) -> Tensor:
+        """Return ``loss`` times the scale, of which the driver knows itself."""
+        return super().scale(loss)
+
+    def scale(self, outputs: Any) -> Any:
+        """Return the outputs times the scale; their backward is announced to the driver, if there is one.
+
+        Args:
+            outputs: A tensor, or an iterable of them, as for ``torch.amp.GradScaler.scale``.
+        """
+        if self.driver is None:
+            return super().scale(outputs)
+        if isinstance(outputs, Iterable) and not isinstance(outputs, Tensor):
+            scaled = map(self.scale, outputs)
+            return type(outputs)(scaled) if isinstance(outputs, (list, tuple)) else scaled
+        return _announced(super().scale(outputs), outputs, self.driver.before_scaled_backward)
+
+    def unscale_(self, optimizer: Optimizer) -> None:
+        """Divide the optimizer's gradients by the scale, as ``torch.amp.GradScaler.unscale_``.
+
+        While there is a driver a second call changes nothing.
+        """
+        if self.driver is None:
+            super().unscale_(optimizer)
+        else:
+            self.driver.unscale_gradients(optimizer)
+
+    def step(self, optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:
+        """Step the optimizer unless a gradient is not finite: the driver's part, where there is one."""
+        if self.driver is None:
+            return super().step(optimizer, *args, **kwargs)
+        return optimizer.step(*args, **kwargs)
+
     def update_(self, found_inf: Tensor) -> None:
         """Move the scale to the next step's, in place and on its device.
 
@@ -115,7 +165,7 @@ class LossScaler(torch.amp.GradScaler):
     def update(self, new_scale: float | Tensor | None = None) -> None:
         """Set ``new_scale``, or follow the rule for optimizers stepped through this object.
 
-        The plugin calls ``update_`` itself; this is for code that drives a ``GradScaler`` by hand.
+        A driver calls ``update_`` itself; this is for code that drives a ``GradScaler`` by hand.
         """
         if new_scale is not None:
             super().update(new_scale)
@@ -153,3 +203,11 @@ class LossScaler(torch.amp.GradScaler):
             "growth_interval": self._growth_interval,
             "_growth_tracker": int(state.growth_tracker),
         }
+
+
+def _announced(scaled: Tensor, loss: Tensor, announce: Callable[[Tensor], None]) -> Tensor:
+    """Let the backward of ``scaled`` call ``announce`` with ``loss`` before it reaches anything else."""
+    if scaled.requires_grad:
+        loss = loss.detach()
+        scaled.register_hook(lambda _: announce(loss))  # type: ignore[no-untyped-call]
+    return scaled

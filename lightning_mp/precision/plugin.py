@@ -371,6 +371,8 @@ class MixedPrecision(TrainingHooks, FSDPPrecision):  # type: ignore[misc]  # Lig
         self._held_states = [hold.state() for hold in self._holds]
         self._handles, self._holds, self._model = [], [], None
         self._stepper.backward_watch.remove()
+        if self.scaler is not None:
+            self.scaler.driver = None
         self._stepper.release_hook()
         self._ledger.latest.clear()
         self._ledger.keep_last(self._ledger.last_step)

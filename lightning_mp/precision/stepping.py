@@ -28,7 +28,7 @@ from lightning_mp.precision.repeats import step_with_repeats
 from lightning_mp.precision.shared_casts import SharedCasts
 from lightning_mp.precision.steps import Attempt, StepLedger
 
-__all__ = ["OptimizerStepper"]
+__all__ = ["OptimizerStepper", "unwrap"]
 
 # Whether a weight was written in the batch: 8 us on a CPU. Code that does so does it again.
 _BATCHES_BETWEEN_LOOKS = 8
@@ -80,9 +80,12 @@ class OptimizerStepper:
         self._seen_optimizers: dict[int, int] = {}
         self._has_no_closure = False
         self._last_hook: RemovableHandle | None = None
+        self._has_scaled_by_hand = False
         self.backward_watch = BackwardWatch(
             p for o in self._optimizers for group in o.param_groups for p in group["params"] if is_manual and scaler
         )
+        if scaler is not None and self.backward_watch.is_on:
+            scaler.driver = self
 
     # --- Backward --------------------------------------------------------------------------------
 
@@ -90,7 +93,14 @@ class OptimizerStepper:
         """Return the loss to call backward on."""
         self._remember_loss(loss)
         self.unscaler.before_backward()
-        return loss if self.scaler is None else self.scaler.scale(loss)
+        return loss if self.scaler is None else self.scaler.multiply(loss)
+
+    def before_scaled_backward(self, loss: Tensor) -> None:
+        """Count, inside of it, a backward of what user code multiplied by the scale: ``scaler.scale(loss)``."""
+        self._has_scaled_by_hand = True
+        self._remember_loss(loss)
+        self.unscaler.before_backward()
+        self.backward_watch.announce_running()
 
     def after_backward(self) -> None:
         """Forget cast weights: a user may change weights between two backwards of one batch."""
@@ -137,7 +147,7 @@ class OptimizerStepper:
         if self.ledger.pending is not None:
             self.ledger.settle()
         if self._is_manual:
-            self.check_announced(optimizer)
+            self._prepare_by_hand(optimizer)
         attempt = self.ledger.open(optimizer)
         attempt.found_inf = self.unscaler.unscale_(optimizer)
         if attempt.found_inf is None:
@@ -243,8 +253,21 @@ class OptimizerStepper:
         if self._watched_casts is not None:
             self._watched_casts.begin()
 
-    def check_announced(self, optimizer: Optimizer) -> None:
-        """Refuse gradients of a loss that was never scaled.
+    def unscale_gradients(self, optimizer: Optimizer) -> None:
+        """Divide the optimizer's gradients by the loss scale now, once.
+
+        Args:
+            optimizer: The optimizer, or Lightning's wrapper of it.
+
+        Raises:
+            UnsupportedError: As in manual optimization for gradients of a loss that was not scaled.
+        """
+        optimizer = unwrap(optimizer)
+        self._prepare_by_hand(optimizer)
+        self.unscaler.unscale_(optimizer)
+
+    def _prepare_by_hand(self, optimizer: Optimizer) -> None:
+        """Refuse gradients of a loss that was never scaled; make those that user code left in FP16 FP32.
 
         Raises:
             UnsupportedError: If there is a loss scale and ``loss.backward()`` was called.
@@ -253,9 +276,13 @@ class OptimizerStepper:
             return
         if self.backward_watch.has_stray(optimizer) or self.unscaler.has_unannounced_gradients(optimizer):
             raise UnsupportedError(
-                "precision='fp16': the optimizer has gradients of a loss that was never multiplied by the loss scale. "
-                "Call self.manual_backward(loss) rather than loss.backward() in training_step."
+                "precision='fp16': the optimizer has gradients of a loss that was not multiplied by the loss scale. "
+                "Call self.manual_backward(loss) rather than loss.backward() in training_step. For gradients of your "
+                "own, as from torch.autograd.grad, take those of trainer.precision_plugin.scaler.scale(loss)."
             )
+        if self._has_scaled_by_hand and self.gradients is not None:
+            # Under DDP those of masters arrive in FP16, where a quotient may be flushed to zero.
+            self.gradients.widen_(param for group in optimizer.param_groups for param in group["params"])
 
     # --- Batch -----------------------------------------------------------------------------------
 
@@ -313,3 +340,9 @@ class OptimizerStepper:
         if attempt is None or attempt.found_inf is None or self._on_nonfinite == "ignore":
             return norm
         return torch.where(attempt.found_inf.to(norm.device) == 0, norm, torch.zeros_like(norm))
+
+
+def unwrap(optimizer: Any) -> Optimizer:
+    """Return the optimizer behind a LightningOptimizer, which imitates its class."""
+    inner: Optimizer = optimizer.__dict__.get("_optimizer", optimizer)
+    return inner

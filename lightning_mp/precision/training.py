@@ -14,6 +14,7 @@ from lightning_mp.master_weights import MasterWeights
 from lightning_mp.precision.dispatch import call_hooks, is_module_hook_overridden
 from lightning_mp.precision.masters import forward_switches
 from lightning_mp.precision.region import StepRegions
+from lightning_mp.precision.stepping import unwrap
 
 __all__ = ["TrainingHooks"]
 
@@ -91,8 +92,7 @@ class TrainingHooks(StepRegions, Precision):  # type: ignore[misc]  # Lightning 
 
     def unscale_gradients(self, optimizer: Optimizer) -> None:
         """Divide the optimizer's gradients by the loss scale now, once; the step knows that it is done."""
-        self._stepper.check_announced(_unwrap(optimizer))
-        self._stepper.unscaler.unscale_(_unwrap(optimizer))
+        self._stepper.unscale_gradients(optimizer)
 
     # --- Clipping --------------------------------------------------------------------------------
 
@@ -102,10 +102,9 @@ class TrainingHooks(StepRegions, Precision):  # type: ignore[misc]  # Lightning 
         clip_val: int | float = 0.0,
         gradient_clip_algorithm: GradClipAlgorithmType = GradClipAlgorithmType.NORM,
     ) -> None:
-        optimizer = _unwrap(optimizer)
+        optimizer = unwrap(optimizer)
         if clip_val > 0:
-            self._stepper.check_announced(optimizer)
-            self._stepper.unscaler.unscale_(optimizer)
+            self._stepper.unscale_gradients(optimizer)
         Precision.clip_gradients(self, optimizer, clip_val, gradient_clip_algorithm)
 
     def clip_grad_by_norm(self, optimizer: Optimizer, clip_val: int | float) -> None:
@@ -116,9 +115,3 @@ class TrainingHooks(StepRegions, Precision):  # type: ignore[misc]  # Lightning 
             Precision.clip_grad_by_value(self, optimizer, clip_val)
         else:
             self._masters.gradients.clip_value_(self.main_params(optimizer), clip_val)
-
-
-def _unwrap(optimizer: Any) -> Optimizer:
-    """Return the optimizer behind a LightningOptimizer, which imitates its class."""
-    inner: Optimizer = optimizer.__dict__.get("_optimizer", optimizer)
-    return inner

@@ -4,12 +4,15 @@ import contextlib
 
 import pytest
 import torch
+import torch.distributed as dist
 from lightning.pytorch import LightningModule
+from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
 from torch.optim import lr_scheduler
+from torch.utils.checkpoint import checkpoint
 
 from lightning_mp import DynamicLossScale, MixedPrecision, UnsupportedError
-from tests.models import INF, batches, trainer, weights
+from tests.models import INF, batches, batches_without, trainer, weights
 
 # FP16 rounds what flows between the two layers to 11 bits; a scale that is a power of two adds nothing.
 FP16 = {"rtol": 2**-8, "atol": 2e-4}
@@ -512,3 +515,207 @@ def test_scheduler_stepped_twice_per_update_is_held_twice(fused):
     run.fit(model, batches(8))
     assert run.lr_scheduler_configs[0].scheduler.last_epoch == 12
     torch.testing.assert_close(run.optimizers[0].param_groups[0]["lr"], 0.05 * 0.8**12, rtol=1e-12, atol=0)
+
+
+class ByHand(Two):
+    """Takes gradients without ``manual_backward``: of a loss times ``plugin.scaler.scale``, in FP32 of the loss."""
+
+    def __init__(self, way, factors=()):
+        super().__init__()
+        self.way, self.factors = way, dict(factors)
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.05)
+
+    def training_step(self, batch, batch_idx):
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        scale = scaler.scale if scaler is not None else (lambda losses: losses)
+        optimizer, params = self.optimizers(), list(self.parameters())
+        loss = self.loss(batch) * self.factors.get(batch_idx, 1.0)
+        if self.way == "backward":
+            optimizer.zero_grad()
+            scale(loss).backward()
+        elif self.way == "several losses at once":
+            optimizer.zero_grad()
+            torch.autograd.backward(scale([loss / 2, loss / 2]))
+        elif self.way == "gradients assigned":
+            for p, g in zip(params, torch.autograd.grad(scale(loss), params), strict=True):
+                p.grad = g
+        elif self.way == "two tasks of one graph":
+            halves = [torch.autograd.grad(scale(task), params, retain_graph=True) for task in (loss / 4, loss * 3 / 4)]
+            for p, g, h in zip(params, *halves, strict=True):
+                p.grad = g + h
+        elif self.way == "added to gradients that were stepped":
+            for p, g in zip(params, torch.autograd.grad(scale(loss), params), strict=True):
+                p.grad = g if p.grad is None or batch_idx % 2 == 0 else p.grad.add_(g)
+        elif self.way == "accumulated over batches":
+            scale(loss / 2).backward()
+            if batch_idx % 2 == 0:
+                return
+        elif self.way == "of a checkpointed part":
+            optimizer.zero_grad()
+            hidden = checkpoint(self.a, batch[0].clone().requires_grad_(), use_reentrant=True)
+            scale(nn.functional.mse_loss(self.b(hidden).float(), batch[1])).backward()
+        optimizer.step()
+        if self.way == "accumulated over batches":
+            optimizer.zero_grad()
+
+
+WAYS = (
+    "backward",
+    "several losses at once",
+    "gradients assigned",
+    "two tasks of one graph",
+    "added to gradients that were stepped",
+    "accumulated over batches",
+    "of a checkpointed part",
+)
+
+
+@pytest.mark.parametrize("masters", ["params", "copy"])
+@pytest.mark.parametrize("way", WAYS)
+def test_gradients_of_a_loss_that_the_scaler_scaled_train_as_in_fp32(way, masters):
+    plugin = MixedPrecision("fp16", master_weights=masters, loss_scale={"init_scale": 64.0, "growth_interval": 2})
+    ours, reference = ByHand(way), ByHand(way)
+    trainer(plugin).fit(ours, batches())
+    trainer().fit(reference, batches())
+    assert_same_weights(ours, reference, **({} if masters == "params" else {"rtol": 2**-7, "atol": 2**-10}))
+    assert plugin.applied_steps == (4 if way == "accumulated over batches" else 8)
+    assert plugin.scaler.get_scale() > 64.0
+
+
+@pytest.mark.parametrize("way", ["backward", "gradients assigned"])
+def test_overflow_of_a_loss_scaled_by_hand_is_skipped_and_explained_by_the_loss(way):
+    plugin = MixedPrecision("fp16", loss_scale={"init_scale": 1024.0})
+    reports = []
+    plugin.add_step_listener(reports.append)
+    ours, reference = ByHand(way, {1: INF, 3: 1e4}), ByHand(way)
+    trainer(plugin).fit(ours, batches(4))
+    trainer().fit(reference, batches_without((1, 3), 4))
+    assert [r.skipped for r in reports] == [False, True, False, True]
+    # In batch 3 the loss itself is finite, and the scale is to blame.
+    assert [r.loss_nonfinite for r in reports] == [False, True, False, False]
+    assert plugin.scaler.get_scale() == 256.0
+    assert_same_weights(ours, reference)
+
+
+class Recipe(Two):
+    """Drives ``plugin.scaler`` as torch's documentation drives a ``GradScaler``."""
+
+    def __init__(self, calls):
+        super().__init__()
+        self.calls = calls
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.05)
+
+    def training_step(self, batch, batch_idx):
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        loss = self.loss(batch)
+        if "manual_backward" in self.calls or scaler is None:
+            self.manual_backward(loss)
+        else:
+            scaler.scale(loss).backward()
+        if "unscale_" in self.calls:
+            if scaler is not None:
+                scaler.unscale_(optimizer)
+            nn.utils.clip_grad_norm_(self.parameters(), 0.05)
+        if "step" in self.calls and scaler is not None:
+            scaler.step(optimizer)
+            scaler.update()
+        else:
+            optimizer.step()
+
+
+@pytest.mark.parametrize(
+    "calls",
+    [("step",), ("unscale_",), ("unscale_", "step"), ("manual_backward", "unscale_"), ("manual_backward", "step")],
+    ids="-".join,
+)
+def test_recipe_of_torchs_grad_scaler_unscales_once(calls):
+    scale = {"init_scale": 64.0, "growth_interval": 2}
+    ours, reference, plugin = fit_both(lambda: Recipe(calls), loss_scale=scale)
+    assert_same_weights(ours, reference)
+    assert (plugin.applied_steps, plugin.scaler.get_scale()) == (8, 64.0 * 2**4)
+
+
+class Mixed(Two):
+    """A loss that the scaler scaled beside one that nothing scaled."""
+
+    def __init__(self, order):
+        super().__init__()
+        self.order = order
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.05)
+
+    def training_step(self, batch, batch_idx):
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        scale = self.trainer.precision_plugin.scaler.scale
+        for kind in self.order:
+            if kind == "scaled":
+                scale(self.loss(batch)).backward()
+            elif kind == "failed":
+                with pytest.raises(RuntimeError, match="out of memory"):
+                    scale(Failing.apply(self.loss(batch))).backward()
+            elif kind == "not taken":
+                scale(self.loss(batch))
+            elif kind == "assigned":
+                params = list(self.parameters())
+                for p, g in zip(params, torch.autograd.grad(self.loss(batch), params), strict=True):
+                    p.grad = g
+            else:
+                self.loss(batch).backward()
+        optimizer.step()
+
+
+@pytest.mark.parametrize(
+    "order",
+    [("scaled", "plain"), ("plain", "scaled"), ("failed", "plain"), ("not taken", "plain"), ("not taken", "assigned")],
+    ids="-".join,
+)
+def test_unscaled_loss_is_refused_beside_one_that_the_scaler_scaled(order):
+    with pytest.raises(UnsupportedError, match=r"from torch\.autograd\.grad, take those of .*scaler\.scale\(loss\)"):
+        trainer(MixedPrecision("fp16", loss_scale=1024.0)).fit(Mixed(order), batches())
+
+
+def test_scaler_is_torchs_own_again_after_the_fit():
+    plugin = MixedPrecision("fp16", loss_scale=8.0)
+    trainer(plugin).fit(ByHand("backward"), batches(2))
+    assert plugin.scaler.driver is None
+    weight = nn.Parameter(torch.ones(1))
+    optimizer = torch.optim.SGD([weight], 0.5)
+    plugin.scaler.scale(weight.sum()).backward()
+    plugin.scaler.step(optimizer)
+    assert weight.item() == 0.5
+
+
+class Tiny(LightningModule):
+    """One weight whose gradient, 1.5 * 2**-24, is 2**-23 when FP16 rounds it."""
+
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+        self.layer = nn.Linear(1, 1, bias=False)
+        nn.init.zeros_(self.layer.weight)
+
+    def training_step(self, batch, batch_idx):
+        loss = self.layer(torch.ones(1, 1)).float().sum() * 1.5 * 2.0**-24
+        self.trainer.precision_plugin.scaler.scale(loss).backward()
+        self.optimizers().step()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 2.0**14)
+
+
+def test_fp16_gradients_that_ddp_left_are_unscaled_in_fp32():
+    plugin = MixedPrecision("fp16", master_weights="copy", loss_scale=1024.0)
+    model = Tiny()
+    try:
+        trainer(plugin, max_steps=1, strategy=DDPStrategy(process_group_backend="gloo")).fit(model, batches(1))
+    finally:
+        dist.destroy_process_group()
+    assert model.layer.weight.item() == -1.5 * 2.0**-10
