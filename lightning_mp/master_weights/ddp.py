@@ -3,7 +3,8 @@
 DDP's reducer works on buckets of the parameters' dtype and refuses gradients of another. So the
 gradients of one backward stay in 16 bits while it runs; a communication hook upcasts each bucket, adds
 what was accumulated before, and reduces that. Between backwards ``param.grad`` is FP32, so that
-``zero_grad``, clipping and the step need to know nothing.
+``zero_grad``, clipping and the step need to know nothing. A parameter with hooks of others has an FP32
+gradient for them, whose value is kept while DDP gets one in 16 bits.
 """
 
 from collections.abc import Iterable
@@ -16,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
 
 from lightning_mp.errors import UnsupportedError
+from lightning_mp.master_weights.param_hooks import enclose_hooks, has_hooks, hooks_made
 
 __all__ = ["FP32Reducer"]
 
@@ -49,24 +51,32 @@ class FP32Reducer:
         self._accumulated: dict[nn.Parameter, Tensor] = {}
         self._reduced: dict[nn.Parameter, Tensor | None] = {}
         self._arrived: set[nn.Parameter] = set()
+        self._exact: dict[nn.Parameter, Tensor] = {}  # of parameters with hooks, before they were rounded for DDP
+        self._hooked: list[nn.Parameter] = []
+        self._hooks_made = -1
         for param in self._params:
             param.grad = None
             param.grad_dtype = None  # of the parameter's dtype while backward runs, FP32 between
-        self._handles: list[RemovableHandle] = [
-            param.register_post_accumulate_grad_hook(self._take)  # type: ignore[no-untyped-call]
+        self._handles: dict[nn.Parameter, list[RemovableHandle]] = {
+            param: [param.register_post_accumulate_grad_hook(self._take)]  # type: ignore[no-untyped-call]
             for param in self._params
-        ]
+        }
         ddp.register_comm_hook(None, self._reduce)
 
     def begin_backward(self) -> None:
         """Set aside what earlier backwards left in ``param.grad``: DDP must find 16-bit gradients only."""
         self._arrived.clear()
+        self._exact.clear()
+        if self._hooks_made != hooks_made():
+            self._find_hooked()
         for param in self._params:
             if param.grad is not None:
                 self._accumulated[param] = param.grad.to(torch.float32)
                 param.grad = None
             # A parameter that was multiplied with FP32 activations has an FP32 gradient unless told so.
             param.grad_dtype = param.dtype
+        for param in self._hooked:
+            param.grad_dtype = torch.float32
 
     def finish_backward(self) -> None:
         """Put the reduced gradients, or without a reduction the accumulated ones, into ``param.grad``."""
@@ -82,20 +92,38 @@ class FP32Reducer:
     def remove(self) -> None:
         """Leave gradients to DDP again. The communication hook stays, as DDP cannot forget one."""
         self._is_active = False
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
+        for handles in self._handles.values():
+            for handle in handles:
+                handle.remove()
+        self._handles = {}
+
+    def _find_hooked(self) -> None:
+        """Find the parameters with hooks of others, which are to see what was accumulated, and to be heard by DDP."""
+        self._hooked = [param for param in self._params if has_hooks(param, besides=self._handles[param])]
+        for param in self._hooked:
+            self._handles[param] = enclose_hooks(param, self._handles[param], first=self._add_earlier, last=self._take)
+        self._hooks_made = hooks_made()
+
+    def _add_earlier(self, param: nn.Parameter) -> None:
+        if param in self._accumulated and param.grad is not None:
+            param.grad = self._accumulated.pop(param).add_(param.grad)
 
     def _take(self, param: nn.Parameter) -> None:
         self._arrived.add(param)
         grad = param.grad
-        # On a reducing backward the gradient is DDP's; taking it here would make ranks diverge.
-        if self.ddp.require_backward_grad_sync or grad is None:
+        if grad is None:
             return
+        if self.ddp.require_backward_grad_sync:
+            # On a reducing backward the gradient is DDP's; taking it here would make ranks diverge.
+            if grad.dtype is not param.dtype:
+                self._exact[param] = grad.to(torch.float32)
+                param.grad_dtype = None
+                param.grad = grad.to(param.dtype)
+            return
+        grad = grad.to(torch.float32)
         if param in self._accumulated:
-            self._accumulated[param].add_(grad)
-        else:
-            self._accumulated[param] = grad.to(torch.float32)
+            grad = self._accumulated[param].add_(grad)
+        self._accumulated[param] = grad
         param.grad = None
 
     def _reduce(
@@ -144,6 +172,8 @@ class FP32Reducer:
             # DDP stores each gradient with its parameter's strides.
             view = flat.as_strided(param.shape, param.stride(), start)
             start += param.numel()
+            if param in self._exact:
+                view.copy_(self._exact.pop(param))
             if param in self._accumulated:
                 view.add_(self._accumulated[param])
             views.append(view)

@@ -21,6 +21,7 @@ from lightning_mp.master_weights.gradients import Gradients
 from lightning_mp.master_weights.lazy import take_when_initialized
 from lightning_mp.master_weights.masters import CopyMaster, Master, NoMaster, cast_param_
 from lightning_mp.master_weights.optimizers import check_optimizer, upcast_state_
+from lightning_mp.master_weights.param_hooks import has_hooks, hooks_made
 from lightning_mp.master_weights.plan import kept_params, params_to_cast, widen_norms_
 from lightning_mp.master_weights.split import flat_view
 from lightning_mp.master_weights.split_master import SplitMaster
@@ -81,6 +82,7 @@ class MasterWeights:
         self._watch: WriteWatch | None = None
         self._has_16_bit_gradients = False
         self._grad_dtype: torch.dtype | None = None
+        self._hooks_made = -1
 
     @property
     def masters(self) -> Mapping[nn.Parameter, Master]:
@@ -131,8 +133,8 @@ class MasterWeights:
         Args:
             optimizers: Made from the converted module's parameters; others in them are stepped as ever.
             accumulates: Whether more than one backward feeds a step. Gradients are FP32 then, and
-                always in FP16 and under DDP. Otherwise BF16 ones stay BF16 until the step upcasts them
-                by the bucket.
+                always in FP16, under DDP and where a parameter has hooks. Otherwise BF16 ones stay BF16
+                until the step upcasts them by the bucket.
             ddp: The wrapper around the module, if there is one. Rank 0's masters go to all ranks.
             reduce_dtype: Dtype in which gradients travel between ranks; only with ``ddp``.
 
@@ -232,13 +234,19 @@ class MasterWeights:
     def begin_backward(self) -> None:
         """Make room for the gradients of a backward; call it before each one.
 
-        Gradients that are there already will be added to, so 16-bit ones become FP32 here for good.
+        Gradients that are there already will be added to, so 16-bit ones become FP32 here for good. So do
+        those of parameters with hooks of others, which read or change a gradient inside of backward.
         """
         self.gradients.forget_all()
         if self._reducer is not None:
             self._reducer.begin_backward()
-        elif self._has_16_bit_gradients and any(param.grad is not None for param in self._masters):
+            return
+        if not self._has_16_bit_gradients:
+            return
+        if any(param.grad is not None for param in self._masters):
             self._set_grad_dtype(torch.float32)
+        elif self._hooks_made != hooks_made():
+            self._widen_hooked()
 
     def finish_backward(self) -> None:
         """Put gradients that were reduced over ranks into ``param.grad``; the step does it otherwise."""
@@ -313,10 +321,18 @@ class MasterWeights:
     def _set_grad_dtype(self, dtype: torch.dtype | None) -> None:
         self._has_16_bit_gradients = dtype is None
         self._grad_dtype = dtype
+        self._hooks_made = -1
         for param in self._masters:
             grad, param.grad = param.grad, None
             param.grad_dtype = dtype
             param.grad = grad if grad is None or dtype is None else grad.to(dtype)
+
+    def _widen_hooked(self) -> None:
+        """Make gradients FP32 where others have hooks on a parameter. None is there yet."""
+        self._hooks_made = hooks_made()
+        for param in self._masters:
+            if has_hooks(param):
+                param.grad_dtype = torch.float32
 
 
 def _check_settings(mode: str, param_dtype: torch.dtype, bucket_numel: int) -> None:

@@ -34,10 +34,10 @@ class TrainingHooks(StepRegions, Precision):  # type: ignore[misc]  # Lightning 
                 "MixedPrecision is a plugin for lightning.pytorch.Trainer, and Fabric has no hooks and steps to guard. "
                 "Use Fabric(precision='bf16-mixed'), or train with Trainer(plugins=[MixedPrecision(...)])."
             )
-        if self._masters is not None:
-            self._masters.begin_backward()
         tensor = self._stepper.before_backward(tensor)
         call_hooks(module.trainer, module, "on_before_backward", tensor)
+        if self._masters is not None:
+            self._masters.begin_backward()  # after the hooks, which may clear gradients or register hooks on weights
         return tensor
 
     def backward(  # type: ignore[override]

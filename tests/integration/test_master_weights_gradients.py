@@ -108,3 +108,101 @@ def test_gradients_of_one_backward_stay_in_sixteen_bits_whoever_wrote_the_optimi
     model = Model(optimizer=optimizer)
     trainer(MixedPrecision("bf16", master_weights=mode)).fit(model, batches(2))
     assert model.dtypes == {torch.bfloat16}
+
+
+THIRD = torch.tensor(1 / 3)  # in BF16 it is off by 2**-9 of itself
+
+
+class Masks(LightningModule):
+    """Changes gradients inside of backward, by hooks on weights that are registered at ``moment``."""
+
+    def __init__(self, kind: str, moment: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 1))
+        self.kind, self.moment = kind, moment
+        self.handles: list[Any] = []
+        self.seen: set[torch.dtype] = set()
+        self.others: set[torch.dtype] = set()
+        self.register(moment == "init")
+
+    def register(self, now: bool = True) -> None:
+        if not now or self.handles:
+            return
+        for weight in (self.net[0].weight, self.net[2].weight):
+            if self.kind == "tensor hook":
+                self.handles.append(weight.register_hook(self.mask))
+            else:
+                self.handles.append(weight.register_post_accumulate_grad_hook(getattr(self, self.kind)))
+
+    def mask(self, grad: Tensor) -> Tensor:
+        self.seen.add(grad.dtype)
+        return grad * THIRD
+
+    def assigns(self, weight: Tensor) -> None:
+        weight.grad = self.mask(weight.grad)
+
+    def writes(self, weight: Tensor) -> None:
+        self.seen.add(weight.grad.dtype)
+        weight.grad.mul_(THIRD)
+
+    def reads(self, weight: Tensor) -> None:
+        assert weight.grad.numpy().dtype == "float32"  # NumPy has no BF16
+        self.seen.add(weight.grad.dtype)
+
+    def on_train_start(self) -> None:
+        self.register(self.moment == "train start")
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        loss = nn.functional.mse_loss(self.net(batch[0]).float(), batch[1])
+        self.register(self.moment == "training step")
+        return loss
+
+    def on_before_backward(self, loss: Tensor) -> None:
+        self.register(self.moment == "before backward")
+
+    def on_after_backward(self) -> None:
+        self.others.add(self.net[0].bias.grad.dtype)
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW(self.parameters(), 0.01)
+
+
+@pytest.mark.parametrize("moment", ["init", "train start", "training step", "before backward"])
+@pytest.mark.parametrize("kind", ["tensor hook", "assigns", "writes", "reads"])
+@pytest.mark.parametrize("clip", [None, 0.05], ids=["unclipped", "clipped"])
+@pytest.mark.parametrize("mode", MASTERS)
+def test_hooks_on_weights_change_fp32_gradients(mode: str, kind: str, moment: str, clip: float | None) -> None:
+    ours, reference = Masks(kind, moment), Masks(kind, moment)
+    trainer(MixedPrecision("bf16", master_weights=mode), gradient_clip_val=clip).fit(ours, batches())
+    trainer(precision="bf16-mixed", gradient_clip_val=clip).fit(reference, batches())
+    assert ours.seen == {torch.float32}
+    assert ours.others == {torch.bfloat16}  # a weight without a hook pays nothing
+    # The same BF16 products on both sides; a mask in BF16 would move each update by 2**-9 of a gradient.
+    for found, expected in zip(weights(ours), weights(reference), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("kind", ["tensor hook", "writes"])
+@pytest.mark.parametrize("settings", [{}, {"accumulate_grad_batches": 2}], ids=["one-backward", "two-backwards"])
+def test_hooks_on_weights_work_without_masters_and_over_several_backwards(kind: str, settings: Any) -> None:
+    model = Masks(kind, "init")
+    trainer(MixedPrecision("bf16", master_weights="none"), **settings).fit(model, batches())
+    assert model.seen == {torch.float32}
+    ours, reference = Masks(kind, "init"), Masks(kind, "init")
+    trainer(MixedPrecision("bf16", master_weights="copy"), **settings).fit(ours, batches())
+    trainer(precision="bf16-mixed", **settings).fit(reference, batches())
+    for found, expected in zip(weights(ours), weights(reference), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-7)
+
+
+def test_a_hook_that_is_removed_is_not_called_again() -> None:
+    class RemovesOne(Masks):
+        def on_train_batch_end(self, *_: Any) -> None:
+            self.handles[0].remove()
+
+    ours, reference = RemovesOne("writes", "init"), RemovesOne("writes", "init")
+    trainer(MixedPrecision("bf16", master_weights="copy")).fit(ours, batches())
+    trainer(precision="bf16-mixed").fit(reference, batches())
+    for found, expected in zip(weights(ours), weights(reference), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-7)

@@ -306,3 +306,21 @@ def test_training_goes_on_after_a_checkpoint_was_taken_in_inference_mode(mode: s
 
     expected, found = run(None), run(mode)
     assert all(torch.equal(found[key], value) for key, value in expected.items())
+
+
+def test_a_hooked_parameter_keeps_fp32_gradients_when_optimizers_are_attached_again() -> None:
+    module = nn.Linear(4, 4)
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+    masters = MasterWeights("copy")
+    masters.convert_(module)
+    handle = module.weight.register_hook(lambda grad: grad * torch.ones(4, 4))
+    for _ in range(2):
+        masters.attach([optimizer], accumulates=False)
+        for _ in range(2):
+            masters.begin_backward()
+            module(torch.ones(2, 4, dtype=torch.bfloat16)).float().sum().backward()
+            assert (module.weight.grad.dtype, module.bias.grad.dtype) == (torch.float32, torch.bfloat16)
+            optimizer.step()
+            optimizer.zero_grad()
+    handle.remove()
+    masters.detach()
