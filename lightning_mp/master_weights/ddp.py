@@ -135,6 +135,8 @@ class FP32Reducer:
         if bucket.buffer().dtype is torch.float32 or not self._is_active:
             return self._reduce_plain(bucket)
         params = bucket.parameters()
+        if bucket.buffer().is_sparse:
+            return self._reduce_sparse(bucket, params[0])
         flat, views = self._upcast(bucket, params)
         flat.div_(self.ddp.process_group.size())
         sent = flat
@@ -156,6 +158,21 @@ class FP32Reducer:
             buffer: Tensor = bucket.buffer()
             return buffer
 
+        return self._all_reduce(sent).then(keep)
+
+    def _reduce_sparse(self, bucket: Any, param: nn.Parameter) -> torch.futures.Future[Tensor]:
+        """Reduce a sparse gradient, which is a bucket of its own and has the indices of one batch."""
+        buffer: Tensor = bucket.buffer()
+        grad = self._exact.pop(param, buffer).to(torch.float32, copy=True)
+        if param in self._accumulated:
+            grad = grad + self._accumulated.pop(param)
+
+        def keep(future: torch.futures.Future[list[Tensor]]) -> Tensor:
+            self._reduced[param] = future.value()[0].to(torch.float32)
+            return buffer
+
+        # Rows that occur more than once add up here, before anything is rounded to the reduce dtype.
+        sent = grad.coalesce().div_(self.ddp.process_group.size()).to(self._reduce_dtype)
         return self._all_reduce(sent).then(keep)
 
     def _all_reduce(self, tensor: Tensor) -> "torch.futures.Future[list[Tensor]]":
@@ -182,7 +199,8 @@ class FP32Reducer:
     def _reduce_plain(self, bucket: Any) -> torch.futures.Future[Tensor]:
         """Average a bucket of FP32 parameters as DDP does, in the dtype that was asked for."""
         buffer: Tensor = bucket.buffer()
-        sent = buffer.to(self._reduce_dtype if self._is_active else buffer.dtype).div_(self.ddp.process_group.size())
+        summed = buffer.coalesce() if buffer.is_sparse else buffer
+        sent = summed.to(self._reduce_dtype if self._is_active else buffer.dtype).div_(self.ddp.process_group.size())
 
         def keep(future: torch.futures.Future[list[Tensor]]) -> Tensor:
             return buffer if future.value()[0] is buffer else buffer.copy_(future.value()[0])

@@ -30,8 +30,10 @@ def compress_reduction(model: nn.parallel.DistributedDataParallel, dtype: torch.
         bucket: dist.GradBucket,  # type: ignore[name-defined]  # DDP insists on this annotation
     ) -> torch.futures.Future[Tensor]:
         buffer: Tensor = bucket.buffer()
+        # A sparse gradient has a row as often as it was looked up: they add up in FP32.
+        summed = buffer.coalesce() if buffer.is_sparse else buffer
         # Divided in FP32 and before the sum, so that the sum over many ranks stays in range.
-        sent = (buffer / group.size()).to(dtype)
+        sent = (summed / group.size()).to(dtype)
         future = dist.all_reduce(sent, group=group, async_op=True).get_future()
         return future.then(lambda done: buffer.copy_(done.value()[0]))  # type: ignore[no-any-return]
 

@@ -76,6 +76,61 @@ def fit(rank: int, mode: str, folder: Path, *, accumulate: int = 1, strategy: An
     return model
 
 
+class Sparse(LightningModule):
+    def __init__(self, optimizer: type[torch.optim.Optimizer], accumulate: int) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.automatic_optimization = optimizer is torch.optim.SGD
+        self.optimizer_class, self.accumulate = optimizer, accumulate
+        self.table = nn.Embedding(20, 16, sparse=True)
+        self.head = nn.Linear(16, 1)
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor | None:
+        rows = (batch[0][:, 0].abs() * 4).long() % 20  # some twice in a batch, some on both ranks
+        loss = nn.functional.mse_loss(self.head(self.table(rows)).float(), batch[1])
+        if self.automatic_optimization:
+            return loss
+        self.manual_backward(loss)
+        if (batch_idx + 1) % self.accumulate == 0:
+            for optimizer in self.optimizers():
+                optimizer.step()
+                optimizer.zero_grad()
+        return None
+
+    def configure_optimizers(self) -> Any:
+        if self.automatic_optimization:
+            return torch.optim.SGD(self.parameters(), 0.05)
+        return self.optimizer_class(self.table.parameters(), 0.05), torch.optim.SGD(self.head.parameters(), 0.05)
+
+
+def fit_sparse(plugin: Any, folder: Path, optimizer: type[torch.optim.Optimizer], accumulate: int = 1) -> Sparse:
+    model = Sparse(optimizer, accumulate)
+    settings = {"accumulate_grad_batches": accumulate} if model.automatic_optimization else {}
+    if plugin is None:
+        settings["precision"] = "bf16-mixed"
+    strategy = DDPStrategy(process_group_backend="gloo")
+    trainer(plugin, devices=WORLD, strategy=strategy, default_root_dir=folder, **settings).fit(model, batches())
+    return model
+
+
+def check_sparse_tables(folder: Path) -> None:
+    for optimizer in (torch.optim.SGD, torch.optim.SparseAdam):
+        for accumulate in (1, 2):
+            reference = fit_sparse(None, folder, optimizer, accumulate)
+            for mode in ("params", "copy", "split"):
+                model = fit_sparse(MixedPrecision("bf16", master_weights=mode), folder, optimizer, accumulate)
+                for found, expected in zip(model.parameters(), reference.parameters(), strict=True):
+                    # Sums over ranks and batches in another order: FP32 ulps.
+                    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    reference = fit_sparse(None, folder, torch.optim.SGD)
+    for mode, reduce_dtype in (("params", "bf16"), ("copy", "bf16"), ("none", "fp32")):
+        plugin = MixedPrecision("bf16", master_weights=mode, reduce_dtype=reduce_dtype)
+        model = fit_sparse(plugin, folder, torch.optim.SGD)
+        for found, expected in zip(model.parameters(), reference.parameters(), strict=True):
+            # BF16 rounds gradients on their way, and under "none" the weights.
+            torch.testing.assert_close(found.float(), expected, rtol=2.0**-7, atol=2.0**-8)
+
+
 def worker(rank: int, port: int, folder: Path) -> None:
     torch.set_num_threads(1)
     os.environ.update(
@@ -97,6 +152,7 @@ def worker(rank: int, port: int, folder: Path) -> None:
             expected = right.detach() - first.detach()
             assert (left.detach() - right.detach()).norm() <= 0.15 * expected.norm()
     fit(rank, "split", folder, reduce_dtype="bf16")
+    check_sparse_tables(folder)
     with pytest.raises(UnsupportedError, match=r"static_graph=True cannot accumulate gradients"):
         fit(rank, "split", folder, accumulate=2, strategy=DDPStrategy(process_group_backend="gloo", static_graph=True))
     dist.destroy_process_group()

@@ -62,7 +62,7 @@ def reference_gradients(module: nn.Module, micros: list[Any]) -> dict[str, Tenso
             loss_of(module(batch(rank, micro), **options_of(options, rank))).backward()
             for name, param in module.named_parameters():
                 if param.grad is not None:
-                    total[name] = total.get(name, 0.0) + param.grad.double() / WORLD
+                    total[name] = total.get(name, 0.0) + param.grad.double().to_dense() / WORLD
     for param in module.parameters():
         param.grad = None
     return total
@@ -153,6 +153,8 @@ def worker(rank: int, port: int) -> None:
         for mode in ("copy", "split", "none"):
             for micros in ([ALL], [ALL, ALL, ALL]):
                 check_hooks_of_others(rank, mode, micros)
+                for reduce_dtype, tolerance in ((torch.float32, 1e-6), (torch.bfloat16, 2.0**-7)):
+                    check_sparse(rank, mode, micros, reduce_dtype=reduce_dtype, tolerance=tolerance)
         check_hooks_of_others(rank, "copy", [ALL, (ALL, NO_B), NO_B], find_unused_parameters=True)
         check_counts_travel_only_where_asked_for(rank)
         check_refusals()
@@ -288,6 +290,53 @@ def check_hooks_of_others(rank: int, mode: str, micros: list[Any], **kwargs: Any
     for handle in module.handles:
         handle.remove()
     assert not any(param._post_accumulate_grad_hooks or param._backward_hooks for param in module.parameters())
+
+
+class Sparse(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.table = nn.Embedding(12, 16, sparse=True)
+        self.hooked = nn.Embedding(12, 16, sparse=True)
+        self.kept = nn.Embedding(12, 16, sparse=True)
+        self.head = nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        # Indices that repeat within a batch and differ between ranks and micro-batches.
+        rows = (x.float().abs() * 4).long() % 12
+        found = self.table(rows) * self.hooked(rows) + self.kept(rows)
+        return self.head(found.sum(1).to(self.head.weight.dtype))
+
+
+def check_sparse(rank: int, mode: str, micros: list[Any], *, reduce_dtype: torch.dtype, tolerance: float) -> None:
+    """Sparse gradients of 16-bit and of FP32 tables, with the rows of all ranks."""
+    module = Sparse()
+    masters = MasterWeights(mode)
+    masters.convert_(module, keep_fp32=[module.kept])
+    twin = Sparse()
+    for ours, theirs in zip(twin.parameters(), module.parameters(), strict=True):
+        ours.data = theirs.detach().clone()
+    expected = reference_gradients(twin, micros)
+    expected["hooked.weight"] = expected["hooked.weight"] * THIRD.double()
+    module.hooked.weight.register_hook(lambda grad: grad * THIRD)
+    ddp = DistributedDataParallel(module)
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.5)
+    masters.attach([optimizer], ddp=ddp, reduce_dtype=reduce_dtype, accumulates=len(micros) > 1)
+    for micro in range(len(micros)):
+        with contextlib.nullcontext() if micro == len(micros) - 1 else ddp.no_sync():
+            backward(masters, ddp, batch(rank, micro))
+    for name, param in module.named_parameters():
+        assert param.grad.is_sparse == (not name.startswith("head"))
+        assert param.grad.dtype is torch.float32
+        found = param.grad.to_dense().double()
+        assert (found - expected[name]).abs().max().item() <= tolerance * expected[name].abs().max().item(), name
+    before = masters.value_of(module.table.weight).clone()
+    grad = module.table.weight.grad.to_dense()
+    optimizer.step()
+    if mode != "none":
+        assert torch.equal(masters.value_of(module.table.weight), before - 0.5 * grad)
+    assert_ranks_equal(list(module.parameters()))
+    masters.detach()
 
 
 def check_counts_travel_only_where_asked_for(rank: int) -> None:
