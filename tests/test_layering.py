@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parents[1] / "lightning_mp"
 # A part is a file or a folder right inside the package.
 LAYERS = (
     {"__about__", "errors", "formats"},
-    {"numerics", "casting", "closures", "loss_scale", "selection", "hardware", "recompile"},
+    {"numerics", "casting", "closures", "loss_scale", "selection", "hardware", "recompile", "stand_in"},
     {"grad_scaler", "master_weights", "pinning", "fp8", "overflow", "memory"},
     {"policy"},
     {"precision"},

@@ -19,6 +19,7 @@ from lightning_mp.selection import Selector
 __all__ = ["FP32Pin"]
 
 _STEPS = ("training_step", "validation_step", "test_step", "predict_step")
+_PLAIN = ("configure_optimizers",)
 _MAX_NAMES = 5
 
 
@@ -37,6 +38,11 @@ class FP32Pin(Callback):
     read, with the globals, closures, defaults and attributes of the instance that it names, also in dicts
     and lists, and that of forward hooks. What it reaches otherwise, as through an argument or an object of
     yours, is not: then name the module in ``modules``.
+
+    The class of a pinned module, of one that calls pinned functions and of the LightningModule is a stand-in until
+    the run ends, which passes for the module's own: ``type(m) == nn.LayerNorm``, ``type(m) in (...)``, a dict of
+    classes, ``isinstance`` and ``type(m)(...)`` mean what they say. ``type(m) is nn.LayerNorm`` holds in
+    ``configure_optimizers`` only, and code under torch.compile does not find a stand-in in a dict of classes.
 
     The functions, as torch and ``torch.nn.functional`` name them and as methods of tensors:
 
@@ -92,7 +98,7 @@ class FP32Pin(Callback):
             return
         self._release()
         self.reports = {}
-        self._engine = self._engine or Pins(*(callback.spec for callback in together), steps=_STEPS)
+        self._engine = self._engine or Pins(*(callback.spec for callback in together), steps=_STEPS, plain=_PLAIN)
         plugin = trainer.precision_plugin
         if isinstance(trainer.strategy, DeepSpeedStrategy):
             raise UnsupportedError(

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from lightning_mp.fp8.config import FP8Config
-from lightning_mp.fp8.layer import FP8Linear
+from lightning_mp.fp8.layer import ConvertedLinear
 from lightning_mp.selection import is_transposed_linear, named_inner_modules, select_modules
 
 __all__ = ["ALIGNMENT", "CONVERTED", "PINNED", "Coverage", "LayerRow", "brings_transformer_engine", "plan_layers"]
@@ -186,7 +186,8 @@ def _ineligible(layer: nn.Linear) -> str:
         return "a LazyLinear without a shape at setup (run a batch through the model before fit)"
     if type(layer).__name__.startswith("FSDP") and hasattr(layer, "reshard"):
         return "sharded by itself (call fully_shard on the block that holds it, not on the layer)"
-    if type(layer) not in (nn.Linear, FP8Linear):
+    # By identity: a stand-in of FP32Pin is equal to its class and does more.
+    if type(layer) is not nn.Linear and type(layer) is not ConvertedLinear:
         return f"a {type(layer).__name__}, which is a subclass of nn.Linear with ways of its own"
     weight = layer._parameters.get("weight")
     if weight is None:

@@ -17,7 +17,7 @@ from lightning_mp.fp8.config import FP8Config
 from lightning_mp.fp8.coverage import CONVERTED, Coverage, LayerRow, brings_transformer_engine, plan_layers
 from lightning_mp.fp8.delayed import OPERANDS, DelayedState
 from lightning_mp.fp8.emulated import EmulatedBackend
-from lightning_mp.fp8.layer import FP8Linear, LayerBackend, LayerSettings, StepFlags, without_fp8
+from lightning_mp.fp8.layer import ConvertedLinear, FP8Linear, LayerBackend, LayerSettings, StepFlags, without_fp8
 from lightning_mp.fp8.recipes import (
     DelayedScaling,
     FP8Recipe,
@@ -117,7 +117,7 @@ class FP8Engine:
                 layer.__dict__["_fp8"] = backend = self._new_backend()
                 if self._has_delayed_scaling:
                     backend.refuse_tracing = _raise_when_traced(_delayed_text(row.fqn))
-                layer.__class__ = FP8Linear
+                layer.__class__ = ConvertedLinear
                 self._layers[row.fqn] = layer
         if not self._is_loaded:
             self._state = self._state_kept_for(module)

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_mp.fp8.recipes import Operand
+from lightning_mp.stand_in import InFront, StandIn, class_behind, stand_in
 
-__all__ = ["FP8Linear", "LayerBackend", "LayerSettings", "StepFlags", "without_fp8"]
+__all__ = ["ConvertedLinear", "FP8Linear", "LayerBackend", "LayerSettings", "StepFlags", "without_fp8"]
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -109,23 +110,34 @@ def without_fp8(cls: type[nn.Module]) -> type[nn.Module]:
     Others may have derived a class from ours meanwhile, as a parametrization and ``fully_shard`` do. The
     result is then derived from ``nn.Linear`` in the same way, and their class stays as it is: it may be shared.
     """
-    if cls is FP8Linear:
+    if cls is FP8Linear or class_behind(cls) is nn.Linear:
         return nn.Linear
     if not issubclass(cls, FP8Linear):
         return cls
-    make_class: Any = type(cls)
+    # Python takes the metaclass of the bases where it is not the one of our class.
+    make_class: Any = type if issubclass(type(cls), StandIn) else type(cls)
     namespace = {name: value for name, value in vars(cls).items() if name not in ("__dict__", "__weakref__")}
     bases = tuple(without_fp8(base) for base in cls.__bases__)
-    plain: type[nn.Module] = make_class(cls.__name__.replace(FP8Linear.__name__, nn.Linear.__name__), bases, namespace)
+    name = cls.__name__.replace(FP8Linear.__name__, nn.Linear.__name__)
+    plain: type[nn.Module] = make_class(name, (_Silent, *bases), namespace)
+    plain.__bases__ = bases
     return plain
 
 
-class FP8Linear(nn.Linear):
+class _Silent(nn.Module):
+    """Stands before the bases of a class while it is made, so that their ``__init_subclass__`` does not run again."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        pass
+
+
+class FP8Linear(InFront, nn.Linear):
     """An ``nn.Linear`` whose products run in FP8 inside the autocast region.
 
-    It is never built: an engine gives this class to existing layers and takes it back. Parameters,
+    It is never built: an engine gives ``ConvertedLinear`` to existing layers and takes it back. Parameters,
     hooks, names and the module object stay what they were. Copies and pickles are plain ``nn.Linear``
-    layers: no engine would know of them, update their scales or take them back.
+    layers: no engine would know of them, update their scales or take them back. The class passes for
+    ``nn.Linear`` where it is compared, looked up or built; only ``type(layer) is nn.Linear`` does not hold.
     """
 
     # None where a class that was derived from this one outlives the run, or on a copy of such a layer.
@@ -139,7 +151,11 @@ class FP8Linear(nn.Linear):
         return self._fp8.forward(self, input)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        if type(self) is not FP8Linear:
+        if class_behind(type(self)) is not nn.Linear:
             return super().__reduce_ex__(protocol)
         # Not copyreg.__newobj__: pickle checks that it builds the object's own class.
         return nn.Linear.__new__, (nn.Linear,), {name: v for name, v in self.__dict__.items() if name != "_fp8"}
+
+
+ConvertedLinear: type[FP8Linear] = stand_in(nn.Linear, FP8Linear, namespace={}, name=FP8Linear.__name__)
+"""The class of a converted layer: an ``FP8Linear`` that compares equal to ``nn.Linear`` and builds plain layers."""

@@ -57,6 +57,8 @@ class Pins:
         specs: What to pin; where two disagree about the output, the first decides.
         steps: Names of methods that are called from outside like a ``forward``, such as
             ``"training_step"``. The model may lack some.
+        plain: Names of methods in which every module has its own class, such as ``"configure_optimizers"``:
+            elsewhere ``type(module) == nn.LayerNorm`` holds and ``type(module) is nn.LayerNorm`` does not.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4))
@@ -70,7 +72,7 @@ class Pins:
         True
     """
 
-    def __init__(self, *specs: PinSpec, steps: Iterable[str] = ()) -> None:
+    def __init__(self, *specs: PinSpec, steps: Iterable[str] = (), plain: Iterable[str] = ()) -> None:
         outputs: dict[PinKind, OutputRule] = {}
         for spec in specs:
             for kind in spec.pins:
@@ -80,6 +82,7 @@ class Pins:
         self._rules = function_rules(outputs)
         self._function_names = frozenset(name for kind in outputs for name in names_of(kind))
         self._step_names = tuple(steps)
+        self._plain_names = tuple(plain)
         self._root: nn.Module | None = None
         self._clear()
 
@@ -99,10 +102,10 @@ class Pins:
 
     def __getstate__(self) -> dict[str, Any]:
         """Pickle what was asked for, not what is applied to a model of this process."""
-        return {"specs": self._specs, "steps": self._step_names}
+        return {"specs": self._specs, "steps": self._step_names, "plain": self._plain_names}
 
     def __setstate__(self, state: Mapping[str, Any]) -> None:
-        self.__init__(*state["specs"], steps=state["steps"])  # type: ignore[misc]
+        self.__init__(*state["specs"], steps=state["steps"], plain=state["plain"])  # type: ignore[misc]
 
     # --- What is pinned --------------------------------------------------------------------------
 
@@ -273,7 +276,7 @@ class Pins:
         """Return the method that runs hooks and ``forward``, with functions pinned around both."""
         run = self._with_functions
 
-        def call_pinned(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        def call_pinned(module: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
             call = functools.partial(cls.__call__, module)
             # A class that someone derived from ours computes as before after an undo.
             return call(*args, **kwargs) if role_of(module) is None else run(module, call, args, kwargs)
@@ -295,7 +298,7 @@ class Pins:
 
     def _take_steps_(self, root: nn.Module) -> None:
         self._pinned_steps.update(name for name in self._step_names if self._mentions(root, name))
-        if self._step_names and "_pinning_role" not in vars(type(root)):
+        if (self._step_names or self._plain_names) and "_pinning_role" not in vars(type(root)):
             self._swap_(root, None)
         for name in self._step_names:
             # A compiled LightningModule carries its steps as attributes, which hide those of its class.
@@ -305,11 +308,22 @@ class Pins:
 
     def _step_methods(self, root: nn.Module) -> dict[str, Any]:
         cls = original_class(root)
-        return {name: self._step_method(name, getattr(cls, name)) for name in self._step_names if hasattr(cls, name)}
+        steps = {name: self._step_method(name, getattr(cls, name)) for name in self._step_names if hasattr(cls, name)}
+        return steps | {
+            name: self._plain_method(getattr(cls, name)) for name in self._plain_names if hasattr(cls, name)
+        }
+
+    def _plain_method(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(original)
+        def method(module: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
+            with self._swaps.lifted():
+                return original(module, *args, **kwargs)
+
+        return method
 
     def _step_method(self, name: str, original: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(original)
-        def step(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        def step(module: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
             if name in self.observations and name in self._pinned_steps:
                 return self._with_functions(module, original, (module, *args), kwargs)
             return self._run_step(name, functools.partial(original, module), *args, **kwargs)

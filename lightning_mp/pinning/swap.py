@@ -1,12 +1,13 @@
 """Give single modules another ``forward`` by swapping their class, and take it back.
 
 A swapped module keeps its keys, parameters, hooks and identity, and is an instance of its own class.
-It is copied and pickled as that class, so that nothing of the swap leaves the run.
+It is copied and pickled as that class, and compares equal to it, so that nothing of the swap leaves the run.
 """
 
 import copyreg
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FunctionType
 from typing import Any, TypeAlias
@@ -24,6 +25,7 @@ from lightning_mp.formats import HALF_DTYPES
 from lightning_mp.pinning.functions import OutputRule, run_module
 from lightning_mp.pinning.mode import FunctionPins
 from lightning_mp.recompile import forget_compiled
+from lightning_mp.stand_in import InFront, class_behind, stand_in
 
 __all__ = ["InFP32", "Role", "Swaps", "WithFunctions", "WithoutFunctions", "original_class", "role_of"]
 
@@ -125,13 +127,13 @@ def _with_wide_parameters(
         module._parameters.update(given)
 
 
-class _Swapped(nn.Module):
+class _Swapped(InFront):
     """What a swapped module's class puts in front of its own."""
 
     _pinning_role: Role | None
     _pinning_original: type[nn.Module]
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, /, *args: Any, **kwargs: Any) -> Any:
         if self._pinning_role is None:
             return super().forward(*args, **kwargs)
         return self._pinning_role(self, super().forward, args, kwargs)
@@ -147,10 +149,11 @@ class _Swapped(nn.Module):
     def __reduce_ex__(self, protocol: Any) -> Any:
         reduced: Any = super().__reduce_ex__(protocol)
         rebuild, args, *rest = reduced
+        original = class_behind(self._pinning_original)
         if rebuild is copyreg.__newobj__:  # type: ignore[attr-defined]
             # pickle checks that this one, which is `cls.__new__`, builds the object's own class.
-            rebuild = self._pinning_original.__new__
-        return (rebuild, tuple(self._pinning_original if a is type(self) else a for a in args), *rest)
+            rebuild = original.__new__
+        return (rebuild, tuple(original if a is type(self) else a for a in args), *rest)
 
 
 def _keep_fp32(
@@ -176,7 +179,14 @@ def original_class(module: nn.Module) -> type[nn.Module]:
     return getattr(type(module), "_pinning_original", type(module))
 
 
-def _call_role(role: Role, module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def _own(cls: type[nn.Module]) -> type[nn.Module]:
+    """Return the class that ``cls`` was made for; what ``fully_shard`` derived from such a class was made for none."""
+    own: type[nn.Module] = vars(cls).get("_pinning_original", cls)
+    return own
+
+
+# Positional only, here and wherever arguments of the user's pass through: theirs may have any name.
+def _call_role(role: Role, module: nn.Module, forward: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
     return role(module, forward, args, kwargs)
 
 
@@ -199,7 +209,7 @@ class Swaps:
             methods: Further methods by name, for this module alone.
         """
         self._restore_(module)
-        swapped = self._class_for(type(module), role, methods or {})
+        swapped = self._class_for(_own(type(module)), role, methods or {})
         attributes = {}
         if role is not None and "forward" in vars(module):
             attributes["forward"] = vars(module)["forward"]
@@ -207,6 +217,19 @@ class Swaps:
         self._swapped[id(module)] = _Swap(module, swapped, attributes)
         _set_class(module, swapped)
         self._is_announced = False
+
+    @contextmanager
+    def lifted(self) -> Iterator[None]:
+        """Give every module its own class back in this block, for code that asks ``type(module) is ...``."""
+        lifted = [swap for swap in self._swapped.values() if type(swap.module) is swap.swapped]
+        for swap in lifted:
+            _set_class(swap.module, _own(swap.swapped))
+        try:
+            yield
+        finally:
+            for swap in lifted:
+                if self._swapped.get(id(swap.module)) is swap and type(swap.module) is _own(swap.swapped):
+                    _set_class(swap.module, swap.swapped)
 
     def announce(self) -> None:
         """Let compiled code notice the swaps made since the last call."""
@@ -224,7 +247,7 @@ class Swaps:
         becomes = getattr(original, "cls_to_become", None)
         if becomes is not None:
             # A lazy module takes this class in its first forward, when it knows its shapes.
-            swapped.cls_to_become = self._class_for(becomes, role, methods)
+            type.__setattr__(swapped, "cls_to_become", self._class_for(becomes, role, methods))
         return swapped
 
     def undo_(self) -> None:
@@ -234,7 +257,7 @@ class Swaps:
             self._restore_(swap.module)
         for swapped in self._classes:
             # A class that someone derived from ours meanwhile, as fully_shard does, computes as before.
-            swapped._pinning_role = None
+            type.__setattr__(swapped, "_pinning_role", None)
         self._shared.clear()
         self._classes.clear()
         self.announce()
@@ -244,7 +267,7 @@ class Swaps:
         if swap is None:
             return
         ours = (swap.swapped, vars(swap.swapped).get("cls_to_become"))
-        if type(module) in ours:
+        if any(type(module) is cls for cls in ours):
             _set_class(module, original_class(module))
         method = getattr(vars(module).get("forward"), "__func__", None)
         if any(cls is not None and method is vars(cls)["forward"] for cls in ours):
@@ -273,14 +296,10 @@ def _own_copy(function: Any) -> FunctionType:
 
 
 def _swapped_class(original: type[nn.Module], role: Role | None, methods: Mapping[str, Any]) -> Any:
-    make_class: Any = type(original)
     namespace = {
-        "__module__": original.__module__,
-        "__qualname__": original.__qualname__,
-        "__doc__": original.__doc__,
         "_pinning_role": role,
         "_pinning_original": original,
         "forward": _own_copy(_Swapped.forward),
         **methods,
     }
-    return make_class(original.__name__, (_Swapped, original), namespace)
+    return stand_in(original, _Swapped, original, namespace=namespace)

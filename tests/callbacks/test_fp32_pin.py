@@ -224,6 +224,74 @@ def test_nothing_is_left_after_an_exception_during_setup(plugin):
     assert_nothing_is_left(model)
 
 
+class TypedNet(Model):
+    """Asks for exact classes, as weight decay groups and frozen statistics are usually written."""
+
+    def build(self):
+        super().build()
+        self.statistics = nn.BatchNorm1d(4)
+        self.statistics.running_mean.fill_(1.0)
+
+    def forward(self, x):
+        return super().forward(self.statistics(x))
+
+    def configure_optimizers(self):
+        self.by_identity = [m for m in self.modules() if type(m) is nn.LayerNorm or type(m) is nn.BatchNorm1d]
+        self.by_equality = [m for m in self.modules() if type(m) in (nn.LayerNorm, nn.BatchNorm1d)]
+        return super().configure_optimizers()
+
+    def on_train_epoch_start(self):
+        for module in self.modules():
+            if type(module) == nn.BatchNorm1d:  # noqa: E721
+                module.eval()
+
+
+@pytest.mark.parametrize("plugin", BF16_PLUGINS)
+def test_exact_class_tests_in_the_users_hooks_hold_as_without_the_pin(plugin):
+    model = TypedNet()
+    trainer(FP32Pin(), **PLUGINS[plugin]()).fit(model, data())
+    assert len(model.by_identity) == len(model.by_equality) == 2
+    assert torch.equal(model.statistics.running_mean, torch.ones(4))
+    assert_nothing_is_left(model)
+
+
+@pytest.mark.parametrize("plugin", BF16_PLUGINS)
+def test_class_that_registers_its_subclasses_trains_pinned_and_the_registry_is_as_before(plugin):
+    registry = {}
+
+    class Tasked(Model):
+        def __init_subclass__(cls, *, task, **kwargs):
+            super().__init_subclass__(**kwargs)
+            registry[task] = cls
+
+    class Classifier(Tasked, task="classify"):
+        pass
+
+    model = Classifier()
+    trainer(FP32Pin(), **PLUGINS[plugin]()).fit(model, data())
+    assert registry.keys() == {"classify"}
+    assert registry["classify"] is type(model) is Classifier
+    assert set(model.attention.seen) == {torch.float32}
+
+
+@pytest.mark.parametrize("plugin", BF16_PLUGINS)
+def test_module_that_a_hook_builds_like_a_pinned_one_is_plain_after_fit_and_trains_again(plugin):
+    class WithTarget(Model):
+        def on_fit_start(self):
+            self.target = type(self.attention)()
+
+        def training_step(self, batch, batch_idx):
+            self.twin = type(self.attention.norm)(4)
+            return super().training_step(batch, batch_idx) + 0 * self.target(batch[0]).float().sum()
+
+    model = WithTarget()
+    for _ in range(2):
+        trainer(FP32Pin(), **PLUGINS[plugin]()).fit(model, data())
+        assert_nothing_is_left(model)
+        assert (type(model.target), type(model.twin)) == (Attention, nn.LayerNorm)
+        assert set(model.attention.seen) == set(model.target.seen) == {torch.float32}
+
+
 @pytest.mark.parametrize("plugin", BF16_PLUGINS)
 def test_pattern_without_a_match_raises_with_the_nearest_names(plugin):
     model = Model()

@@ -7,7 +7,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_mp.fp8 import FP8Config, FP8Engine
 from lightning_mp.fp8.emulated import EmulatedBackend
-from lightning_mp.fp8.layer import FP8Linear, LayerSettings
+from lightning_mp.fp8.layer import ConvertedLinear, LayerSettings
 from lightning_mp.fp8.recipes import parse_recipe
 
 E4M3FN, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
@@ -19,7 +19,7 @@ def fp8_layer(recipe="current", *, size=(32, 48), bias=True, cache=True, in_eval
     layer = nn.Linear(*size, bias=bias)
     settings = LayerSettings(torch.bfloat16, in_eval, cache)
     layer.__dict__["_fp8"] = EmulatedBackend(settings, parse_recipe(recipe))
-    layer.__class__ = FP8Linear
+    layer.__class__ = ConvertedLinear
     return layer
 
 

@@ -7,6 +7,7 @@ import pickle
 import subprocess
 import sys
 import textwrap
+import types
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from torch.nn.utils import parametrizations, parametrize
 
 from lightning_mp.errors import FP8UnavailableError, SettingValueError, UnsupportedError
 from lightning_mp.fp8 import FP8Config, FP8Engine, FP8Linear
+from lightning_mp.fp8.layer import ConvertedLinear
 
 RECIPES = ["current", "delayed", "block"]
 
@@ -82,7 +84,7 @@ def test_conversion_keeps_everything_but_the_class() -> None:
     modules = {name: id(m) for name, m in model.named_modules(remove_duplicate=False)}
     engine = converted(model)
     assert [row.fqn for row in engine.rows if row.converted] == ["first", "second"]
-    assert type(model.first) is type(model.plain_list[0]) is FP8Linear
+    assert type(model.first) is type(model.plain_list[0]) is ConvertedLinear
     assert type(model.head) is nn.Linear
     assert list(model.state_dict()) == keys
     assert {name: id(p) for name, p in model.named_parameters(remove_duplicate=False)} == parameters
@@ -185,16 +187,56 @@ def test_class_that_others_derived_meanwhile_and_share_stays_as_it_is() -> None:
     model = body()
     engine = converted(model)
     # What fully_shard does; torch keeps such a class for all modules of the class that it is derived from.
-    shared = type("FSDPFP8Linear", (Mixin, FP8Linear), {})
+    shared = type("FSDPFP8Linear", (Mixin, ConvertedLinear), {})
     for layer in (model[0], model[2]):
         layer.__class__ = shared
     loss_of(model, torch.randn(4, 32)).backward()
     assert engine.weight_casts == {"0": 1, "2": 1}
     engine.revert_()
-    assert shared.__bases__ == (Mixin, FP8Linear)
+    assert shared.__bases__ == (Mixin, ConvertedLinear)
     assert [type(m).__mro__[1:3] for m in (model[0], model[2])] == [(Mixin, nn.Linear)] * 2
     assert type(model[0]).__name__ == "FSDPLinear"
     assert model[0].added() == "added"
+
+
+def test_class_of_a_converted_layer_passes_for_nn_linear_in_every_comparison() -> None:
+    model = body()
+    converted(model)
+    cls = type(model[0])
+    assert cls is not nn.Linear
+    assert cls == nn.Linear
+    assert nn.Linear == cls
+    assert cls in (nn.GELU, nn.Linear)
+    assert {nn.Linear: 1}[cls] == 1
+    assert cls != Foreign
+    assert cls not in (nn.GELU, nn.Module)
+    assert isinstance(model[3], cls)
+    assert not isinstance(model[1], cls)
+
+
+@pytest.mark.parametrize("build", [lambda m: type(m)(32, 64), lambda m: type(m).__new__(type(m))])
+def test_layer_that_is_built_from_the_class_of_a_converted_one_is_plain(build) -> None:
+    model = body()
+    engine = converted(model)
+    built = build(model[0])
+    assert type(built) is nn.Linear
+    engine.revert_()
+    assert type(model[0]) is nn.Linear
+
+
+def test_class_derived_meanwhile_with_arguments_for_its_registry_is_reverted_without_them() -> None:
+    seen = []
+
+    class Registered:
+        def __init_subclass__(cls, *, kind: str) -> None:
+            seen.append(kind)
+
+    model = body()
+    engine = converted(model)
+    model[0].__class__ = types.new_class("Derived", (Registered, type(model[0])), {"kind": "own"})
+    engine.revert_()
+    assert type(model[0]).__mro__[1:3] == (Registered, nn.Linear)
+    assert seen == ["own"]
 
 
 def test_foreign_class_given_meanwhile_stays() -> None:

@@ -8,8 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_mp.fp8 import FP8Linear
-from lightning_mp.fp8.layer import LayerBackend, LayerSettings
+from lightning_mp.fp8.layer import ConvertedLinear, LayerBackend, LayerSettings
 
 
 class Doubling(LayerBackend):
@@ -22,7 +21,7 @@ class Doubling(LayerBackend):
 def layer_of(*, in_eval: bool = False) -> nn.Linear:
     layer = nn.Linear(16, 16)
     layer.__dict__["_fp8"] = Doubling(LayerSettings(torch.bfloat16, in_eval, True))
-    layer.__class__ = FP8Linear
+    layer.__class__ = ConvertedLinear
     return layer
 
 
@@ -65,7 +64,7 @@ def test_copies_and_pickles_are_plain_layers_with_everything_but_fp8(twin_of) ->
     x = torch.randn(2, 16)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(twin(x), nn.functional.linear(x, layer.weight, layer.bias) + 1)
-    assert type(layer) is FP8Linear
+    assert type(layer) is ConvertedLinear
     assert layer._fp8 is not None
 
 

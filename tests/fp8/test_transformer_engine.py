@@ -384,7 +384,7 @@ def test_depth_of_newer_versions_is_found(library, monkeypatch) -> None:
     assert state.autocast_depth == 1
     engine._session.close()
     assert state.autocast_depth == 0
-    assert type(model[0]) is FP8Linear
+    assert isinstance(model[0], FP8Linear)
 
 
 def test_delayed_state_travels_as_three_columns(library) -> None:

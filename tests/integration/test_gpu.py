@@ -279,12 +279,12 @@ def test_forward_and_backward_replayed_as_cuda_graphs_train_like_eager_ones(prec
 def test_layers_of_a_fit_run_on_the_library_and_are_plain_afterwards() -> None:
     class Watched(GPT):
         def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-            self.classes = {type(layer) for layer in (self.blocks[0].up, self.head)}
+            self.classes = {type(layer).__name__ for layer in (self.blocks[0].up, self.head)}
             self.engines = [type(m._fp8.engine).__module__ for m in self.modules() if isinstance(m, FP8Linear)]
 
     model, plugin = Watched(), fp8(master_weights="split")
     fit(model, plugin, 3)
-    assert model.classes == {FP8Linear, nn.Linear}  # the head stays in BF16
+    assert model.classes == {"FP8Linear", "Linear"}  # the head stays in BF16
     assert len(model.engines) == 8
     assert all(name.startswith("transformer_engine.") for name in model.engines)  # as of the last batch
     assert not any("_fp8" in module.__dict__ for module in model.modules())

@@ -8,6 +8,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
+import torchmetrics
 from torch import nn
 from torch import softmax as weigh
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
@@ -15,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_mp.errors import SettingTypeError, SettingValueError, UnmatchedPatternError, UnsupportedError
 from lightning_mp.pinning import Pins, PinSpec
-from lightning_mp.pinning.swap import original_class, role_of
+from lightning_mp.pinning.swap import WithFunctions, original_class, role_of
 from lightning_mp.selection import select_modules
 
 BF16 = partial(torch.autocast, "cpu", torch.bfloat16)
@@ -619,6 +620,138 @@ def test_original_class_of_a_pinned_module_is_the_users():
     assert list(select_modules(model, [Block], argument="modules")) == ["first", "second"]
 
 
+REGISTRY = {}
+
+
+class WithKind(nn.Module):
+    """A registry, as plug-in systems build them."""
+
+    def __init_subclass__(cls, *, kind, **kwargs):
+        super().__init_subclass__(**kwargs)
+        REGISTRY[kind] = cls
+
+
+class RegisteredBlock(WithKind, kind="block"):
+    def forward(self, x):
+        return x.softmax(-1)
+
+
+class RegisteredNorm(nn.LayerNorm, WithKind, kind="norm"):
+    pass
+
+
+class Named(type(nn.Module)):
+    """A metaclass that wants more than Python gives it."""
+
+    def __new__(cls, name, bases, namespace, *, kind):
+        return super().__new__(cls, name, bases, namespace)
+
+    def __init__(cls, name, bases, namespace, *, kind):
+        super().__init__(name, bases, namespace)
+
+
+class NormOfMetaclass(nn.LayerNorm, metaclass=Named, kind="norm"):
+    pass
+
+
+KINDS = [
+    lambda: nn.LayerNorm(8),
+    Block,
+    RegisteredBlock,
+    lambda: RegisteredNorm(8),
+    lambda: NormOfMetaclass(8),
+    lambda: torchmetrics.MeanMetric(),
+]
+
+
+@pytest.mark.parametrize("make", KINDS)
+def test_class_of_a_pinned_module_compares_as_the_users_in_every_lookup(make):
+    module = nn.Sequential(make(), make())
+    cls = type(module[0])
+    # MeanMetric is pinned by name, and as one with an ABC for a metaclass.
+    applied(module, PinSpec(modules=["0"]))
+    ours, other = type(module[0]), type(module[1])
+    assert ours is not cls
+    assert ours == cls
+    assert cls == ours
+    assert ours == other
+    assert ours in (nn.ReLU, cls)
+    assert {cls: "known"}[ours] == "known"
+    assert isinstance(module[1], ours)
+    assert isinstance(make(), ours)
+    assert not isinstance(nn.ReLU(), ours)
+    assert ours not in (nn.ReLU, nn.Module)
+
+
+def test_pinning_tells_no_registry_and_needs_none_of_its_arguments():
+    model = nn.Sequential(RegisteredBlock(), RegisteredNorm(8), NormOfMetaclass(8))
+    pins = applied(model)
+    assert list(REGISTRY) == ["block", "norm"]
+    assert REGISTRY["block"] is RegisteredBlock
+    assert REGISTRY["norm"] is RegisteredNorm
+    with BF16():
+        assert model(torch.randn(2, 8).bfloat16()).dtype is torch.float32
+    pins.undo_()
+    assert [type(module) for module in model] == [RegisteredBlock, RegisteredNorm, NormOfMetaclass]
+
+
+@pytest.mark.parametrize("build", [lambda m: type(m)(), lambda m: m.__class__(), lambda m: type(m).__new__(type(m))])
+def test_module_that_is_built_from_the_class_of_a_pinned_one_is_the_users_and_can_be_pinned(build):
+    model = nn.Sequential(Block())
+    pins = applied(model)
+    model.append(build(model[0]))
+    assert type(model[1]) is Block
+    model[1] = Block()
+    pins.apply_(model)
+    assert isinstance(role_of(model[1]), WithFunctions)
+    pins.undo_()
+    assert all(type(module) is Block for module in model)
+    applied(model).undo_()
+
+
+def test_methods_named_as_plain_see_every_module_in_its_own_class_and_others_do_not():
+    class Asking(Net):
+        def own_norms(self):
+            return [type(m) is nn.LayerNorm for m in self.modules() if isinstance(m, nn.LayerNorm)] + [
+                type(self) is Asking
+            ]
+
+        def configure(self):
+            return self.own_norms()
+
+        def fail(self):
+            raise ZeroDivisionError
+
+    model = Asking()
+    pins = Pins(PinSpec(), plain=["configure", "fail", "absent"])
+    pins.apply_(model)
+    pinned = classes(model)
+    assert model.configure() == [True] * 3
+    with pytest.raises(ZeroDivisionError):
+        model.fail()
+    assert all(ours is pinned[name] for name, ours in classes(model).items())
+    assert model.own_norms() == [False] * 3
+    pins.undo_()
+    assert all(model.configure())
+    assert "configure" not in vars(model)
+
+
+@pytest.mark.parametrize("name", ["module", "role", "cls", "step", "name", "original", "forward"])
+@pytest.mark.parametrize("how", ["plain", "hooked", "instance forward"])
+def test_keyword_arguments_of_the_users_may_have_any_name(name, how):
+    class Taking(nn.Module):
+        def forward(*args, **kwargs):
+            return kwargs[name].softmax(-1)
+
+    module = Taking()
+    if how == "hooked":
+        module.register_forward_hook(lambda module, args, output: output.softmax(-1))
+    if how == "instance forward":
+        module.forward = lambda **kwargs: kwargs[name].softmax(-1)
+    applied(module, PinSpec(modules=[Taking]))
+    assert module(**{name: torch.ones(2).bfloat16()}).dtype is torch.float32
+
+
 def test_engine_pickles_as_what_was_asked_for():
     model = Net()
     pins = applied(model, PinSpec(modules=["head"]), steps=["training_step"])
@@ -669,6 +802,29 @@ def test_pinned_block_compiles_without_a_graph_break(backend):
         torch.testing.assert_close(result, eager, rtol=1e-5, atol=1e-6)
     results[0].backward()
     assert model.norm.weight.grad is not None
+
+
+@pytest.mark.usefixtures("_fresh_dynamo")
+def test_code_that_compares_classes_compiles_without_a_graph_break():
+    class Comparing(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList([nn.Linear(8, 8), nn.LayerNorm(8), NormOfMetaclass(8), Block()])
+
+        def forward(self, x):
+            for layer in self.layers:
+                x = layer(x) + 1 if isinstance(layer, nn.LayerNorm) else layer(x)
+            return x
+
+    model = Comparing()
+    pins = applied(model)
+    x = torch.randn(4, 8)
+    with BF16(), pins.watch():
+        expected = model(x)
+    model.layers[3].seen.clear()
+    with BF16():
+        result = torch.compile(model, fullgraph=True, backend="eager")(x)
+    assert torch.equal(result, expected)
 
 
 @pytest.mark.usefixtures("_fresh_dynamo")
