@@ -22,7 +22,7 @@ class Looks(Callback):
     [
         (LossScaleMonitor(), "loss_scale"),
         (GradientRangeMonitor(every_n_steps=3), "gradient_range/flushed"),
-        (OverflowMonitor(on_overflow="log"), "overflow/layer.bias/nonfinite"),
+        (OverflowMonitor(on_overflow="log"), "overflow/loss/nonfinite"),
     ],
 )
 def test_value_is_in_the_results_at_its_step_only_and_in_callback_metrics_for_good(monitor, name):
