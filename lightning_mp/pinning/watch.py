@@ -34,6 +34,8 @@ _KERNEL_NAMES: dict[PinKind, tuple[str, ...]] = {
 
 
 _CASTS = frozenset({"aten::_to_copy", "aten::copy_", "aten::detach", "aten::clone"})
+# `x.to(dtype)` as inference mode hands it over, in one piece: aten::to.dtype, aten::to.other and the like.
+_WHOLE_CASTS = "aten::to."
 
 
 @dataclass(frozen=True)
@@ -209,7 +211,8 @@ class _WatchKernels(TorchDispatchMode):  # type: ignore[no-untyped-call]
     ) -> Any:
         result = func(*args, **(kwargs or {}))
         name = str(func.name())
-        if not self._seen.in_fused_attention and "backward" not in name and name not in _CASTS:
+        is_cast = name in _CASTS or name.startswith(_WHOLE_CASTS)
+        if not self._seen.in_fused_attention and "backward" not in name and not is_cast:
             self._note(name, args, result)
         return result
 
