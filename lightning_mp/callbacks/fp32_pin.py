@@ -62,7 +62,7 @@ class FP32Pin(Callback):
 
     Args:
         pins: Any of ``"softmax"``, ``"norm"`` and ``"loss"``: the functions and modules of torch.nn of
-            that kind, with subclasses of those modules.
+            that kind, with subclasses of those modules and with what these hold, such as the projection of a loss.
         modules: Further modules, by class or by ``fnmatch`` pattern over the full dotted name, with all
             that is inside them, such as ``("*.norm", LlamaRMSNorm, "head")``.
         output: ``"float32"`` returns FP32; ``"input"`` the dtype of the input, which saves activation

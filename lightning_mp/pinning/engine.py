@@ -197,13 +197,24 @@ class Pins:
                     raise UnsupportedError(_scripted_text(fqn))
                 if self._modules[fqn] is child:
                     found.setdefault(id(child), PinnedModule(fqn, child, kind_of_module(child), role))
-        for fqn, child in self._modules.items():
+        for child in self._modules.values():
             kind = kind_of_module(child)
-            if kind in self._outputs and id(child) not in found:
-                output = "float32" if kind == "loss" else self._outputs[kind]
-                mode = self._mode if _computes_alone(child) else None
-                found[id(child)] = PinnedModule(fqn, child, kind, InFP32(output, self._withheld.append, mode))
+            if kind in self._outputs:
+                # With what it holds, such as the projection of a loss, which would refuse FP32 inputs in 16 bits.
+                for pinned in self._pins_inside(child, kind):
+                    found.setdefault(id(pinned.module), pinned)
         return found.values()
+
+    def _pins_inside(self, module: nn.Module, kind: PinKind) -> Iterator[PinnedModule]:
+        for child in module.modules():
+            fqn = self._names[id(child)]
+            if isinstance(child, torch.jit.ScriptModule) or self._modules[fqn] is not child:
+                continue
+            own_kind = kind_of_module(child)
+            rule = own_kind if own_kind in self._outputs else kind
+            output = "float32" if rule == "loss" else self._outputs[rule]
+            mode = self._mode if _computes_alone(child) else None
+            yield PinnedModule(fqn, child, own_kind, InFP32(output, self._withheld.append, mode))
 
     def _pin_(self, pinned: PinnedModule) -> None:
         if pinned.fqn in self._pinned and self._pinned[pinned.fqn].module is pinned.module:

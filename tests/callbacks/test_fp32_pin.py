@@ -477,6 +477,51 @@ def test_pinned_parameters_stay_fp32_in_the_sixteen_bit_weight_modes(master_weig
     assert_nothing_is_left(model)
 
 
+class ModulatedNorm(nn.LayerNorm):
+    def __init__(self, size):
+        super().__init__(size, elementwise_affine=False)
+        self.modulation = nn.Linear(size, size)
+
+    def forward(self, x):
+        return super().forward(x) * self.modulation(x)
+
+
+class Modulated(Model):
+    def build(self):
+        super().build()
+        self.attention.norm = ModulatedNorm(4)
+
+
+@pytest.mark.filterwarnings("ignore:master_weights='none'")  # our own, said once per process
+@pytest.mark.parametrize("master_weights", ["params", "copy", "split", "none"])
+def test_what_a_pinned_norm_holds_is_fp32_in_every_weight_mode_and_in_the_manifest(master_weights):
+    class Rows(Callback):
+        def on_train_batch_end(self, run, module, *args):
+            self.rows = {row.fqn: row for row in plugin.manifest()}
+
+    dtypes, rows = Dtypes(), Rows()
+    plugin = MixedPrecision("bf16", master_weights=master_weights)
+    trainer(FP32Pin(), dtypes, rows, plugins=[plugin]).fit(Modulated(), data())
+    row = rows.rows["attention.norm.modulation"]
+    assert (row.param_dtype, row.compute_dtype, row.master, row.pinned) == (
+        torch.float32,
+        torch.float32,
+        "params",
+        True,
+    )
+
+
+@pytest.mark.parametrize("stage", ["fit", "validate", "predict"])
+@pytest.mark.parametrize("plugin", ["ours bf16", "lightning bf16"])
+def test_outputs_that_the_pin_itself_casts_are_no_violation(plugin, stage, recwarn):
+    model, pin = Model(), FP32Pin(output="input")
+    run = trainer(pin, **PLUGINS[plugin]())
+    run.fit(model, data(), data()) if stage == "fit" else getattr(run, stage)(model, data())
+    assert pin.reports
+    assert [call for report in pin.reports.values() for call in report.below_fp32] == []
+    assert not [w for w in recwarn if "despite the pin" in str(w.message)]
+
+
 def test_manifest_of_the_plugin_shows_the_pinned_modules_while_they_are():
     class Manifest(Callback):
         def on_train_batch_end(self, run, *args):

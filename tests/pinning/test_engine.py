@@ -394,6 +394,65 @@ def test_everything_inside_a_pinned_module_is_pinned_and_leaves_autocast():
     assert torch.equal(result, F.linear(x, model["head"][0].weight, model["head"][0].bias))
 
 
+class ModulatedNorm(nn.LayerNorm):
+    def __init__(self):
+        super().__init__(8, elementwise_affine=False)
+        self.modulation = nn.Linear(8, 8)
+        self.inner = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8))
+
+    def forward(self, x):
+        return super().forward(x) * self.modulation(x) + self.inner(x)
+
+
+class ProjectedLoss(nn.CrossEntropyLoss):
+    def __init__(self):
+        super().__init__()
+        self.projection = nn.Linear(8, 5)
+
+    def forward(self, x):
+        return super().forward(self.projection(x), torch.tensor([0, 1, 2, 0]))
+
+
+class AdaptiveLoss(nn.AdaptiveLogSoftmaxWithLoss):
+    def __init__(self):
+        super().__init__(8, 20, [5, 10], div_value=2.0)
+
+    def forward(self, x):
+        return super().forward(x, torch.tensor([1, 6, 12, 19])).loss
+
+
+HOLDING = [ModulatedNorm, ProjectedLoss, AdaptiveLoss]
+
+
+@pytest.mark.parametrize("output", ["float32", "input"])
+@pytest.mark.parametrize("make", HOLDING)
+def test_what_a_pinned_norm_or_loss_holds_is_fp32_with_it_and_gives_float64s_result(make, output):
+    torch.manual_seed(0)
+    model = make()
+    pins = applied(model, PinSpec(output=output))
+    assert {id(p) for p in pins.parameters()} == {id(p) for p in model.parameters()}
+    model.to(torch.bfloat16)
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    x = torch.randn(4, 8).bfloat16()
+    with BF16():
+        result = model(x)
+    pins.undo_()
+    reference = copy.deepcopy(model).double()(x.double())
+    is_norm = make is ModulatedNorm
+    assert result.dtype is (torch.bfloat16 if is_norm and output == "input" else torch.float32)
+    # FP32 sums of 20 terms near 1; the rounding of an output to BF16 is half an ulp, 2**-8.
+    tolerance = 2**-8 if result.dtype is torch.bfloat16 else 1e-5
+    torch.testing.assert_close(result.double(), reference, rtol=tolerance, atol=tolerance if is_norm else 0)
+
+
+def test_methods_of_a_pinned_loss_run_on_sixteen_bit_inputs():
+    model = AdaptiveLoss()
+    applied(model)
+    model.to(torch.bfloat16)
+    x = torch.randn(4, 8).bfloat16()
+    assert torch.equal(model.predict(x), model.log_prob(x).argmax(-1))
+
+
 def test_autocast_is_what_it_was_after_an_exception_in_a_pinned_module():
     class Fails(nn.Module):
         def forward(self, x):
