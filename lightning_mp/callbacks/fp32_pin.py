@@ -8,6 +8,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning_utilities.core.rank_zero import rank_zero_warn
+from torch.utils.checkpoint import CheckpointError
 
 from lightning_mp.errors import UnsupportedError
 from lightning_mp.pinning import PinReport, Pins, PinSpec
@@ -21,6 +22,11 @@ __all__ = ["FP32Pin"]
 _STEPS = ("training_step", "validation_step", "test_step", "predict_step")
 _PLAIN = ("configure_optimizers",)
 _MAX_NAMES = 5
+_RECOMPUTED = (
+    "FP32Pin: a bare function under torch.utils.checkpoint.checkpoint that calls a pinned function is recomputed "
+    "outside the module, in another dtype. If this is one, put its code into the forward of an nn.Module that is a "
+    "submodule of the model, and checkpoint the module."
+)
 
 
 class FP32Pin(Callback):
@@ -37,7 +43,9 @@ class FP32Pin(Callback):
     ``reports``. A function that is first reached after that batch is pinned too, under any name: code is
     read, with the globals, closures, defaults and attributes of the instance that it names, also in dicts
     and lists, and that of forward hooks. What it reaches otherwise, as through an argument or an object of
-    yours, is not: then name the module in ``modules``.
+    yours, is not: then name the module in ``modules``. Of a module named there ``forward`` is pinned, with what it
+    calls, and no method that is called from elsewhere. A module that is added during the run is pinned from the start
+    of the next epoch on.
 
     The class of a pinned module, of one that calls pinned functions and of the LightningModule is a stand-in until
     the run ends, which passes for the module's own: ``type(m) == nn.LayerNorm``, ``type(m) in (...)``, a dict of
@@ -73,7 +81,8 @@ class FP32Pin(Callback):
         UnmatchedPatternError: During setup, if an entry of ``modules`` matches nothing.
         UnsupportedError: During setup, under DeepSpeed, and under a plugin without autocast (such as
             ``bf16-true``) where FP32 outputs would meet 16-bit layers; in the first batch, if activation
-            checkpointing recomputes a bare function that calls a pinned one.
+            checkpointing recomputes a bare function that calls a pinned one, and in a later batch where that is
+            reentrant; where it is not, torch raises its ``CheckpointError``.
 
     Example:
         >>> FP32Pin(pins=("softmax", "loss"), modules=["head"]).spec.pins
@@ -133,6 +142,11 @@ class FP32Pin(Callback):
         if self._engine is not None and not isinstance(trainer.precision_plugin, MixedPrecision):
             self._engine.apply_(pl_module)
 
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        # Here the model's own on_train_epoch_start has run, where growing networks add modules.
+        if batch_idx == 0 and self._engine is not None:
+            self._engine.follow_()
+
     def on_train_batch_end(self, *args: Any, **kwargs: Any) -> None:
         if "training_step" not in self.reports:
             self._report()
@@ -151,6 +165,9 @@ class FP32Pin(Callback):
             self._release()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        if self._engine is not None and isinstance(exception, CheckpointError):
+            # Python 3.10 has no notes on exceptions.
+            getattr(exception, "add_note", rank_zero_warn)(_RECOMPUTED)
         if not isinstance(trainer.precision_plugin, MixedPrecision):
             self._release()
 

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from types import CodeType
 from typing import Any
@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.modules import module as _module
 from torch.nn.parameter import is_lazy
 
-from lightning_mp.errors import UnsupportedError
+from lightning_mp.errors import UnmatchedPatternError, UnsupportedError
 from lightning_mp.formats import HALF_DTYPES
 from lightning_mp.pinning.functions import (
     OutputRule,
@@ -24,9 +24,18 @@ from lightning_mp.pinning.functions import (
 from lightning_mp.pinning.mode import FunctionPins
 from lightning_mp.pinning.scan import Mentions, find_mentions, holds_any
 from lightning_mp.pinning.spec import PinSpec
-from lightning_mp.pinning.swap import InFP32, Role, Swaps, WithFunctions, WithoutFunctions, original_class, role_of
+from lightning_mp.pinning.swap import (
+    ENTERING,
+    InFP32,
+    Role,
+    Swaps,
+    WithFunctions,
+    WithoutFunctions,
+    original_class,
+    role_of,
+)
 from lightning_mp.pinning.watch import Observation, PinReport, watch_batch
-from lightning_mp.selection import clean_fqn, is_normalization, select_modules
+from lightning_mp.selection import Selector, clean_fqn, is_normalization, select_modules
 
 __all__ = ["PinnedModule", "Pins"]
 
@@ -87,7 +96,7 @@ class Pins:
         self._clear()
 
     def _clear(self) -> None:
-        self._mode = FunctionPins(self._rules)
+        self._mode = FunctionPins(self._rules, ENTERING)
         self._with_functions = WithFunctions(self._mode)
         self._swaps = Swaps()
         self._withheld: list[tuple[torch.Tensor, torch.dtype]] = []
@@ -162,11 +171,11 @@ class Pins:
         """
         if self._root is not None and self._root is not module:
             self.undo_()
-        self._root = module
+        is_first, self._root = self._root is None, module
         # A wrapper has the name of what it wraps; the wrapped module comes later and stays.
         self._names = {id(child): clean_fqn(name, module) for name, child in module.named_modules()}
         self._modules = {self._names[id(child)]: child for child in module.modules()}
-        for pinned in self._find_pinned(module):
+        for pinned in self._find_pinned(module, must_match=is_first):
             self._pin_(pinned)
         for fqn, child in self._modules.items():
             if role_of(child) is None and self._calls_functions(child):
@@ -185,12 +194,16 @@ class Pins:
         self._root = None
         self._clear()
 
-    def _find_pinned(self, root: nn.Module) -> Iterable[PinnedModule]:
+    def follow_(self) -> None:
+        """Pin what was added to the model since it was looked at last, if anything was."""
+        if self._root is not None and self._names.keys() != {id(child) for child in self._root.modules()}:
+            self.apply_(self._root)
+
+    def _find_pinned(self, root: nn.Module, *, must_match: bool) -> Iterable[PinnedModule]:
         found: dict[int, PinnedModule] = {}
         for spec in self._specs:
             role = InFP32(spec.output, self._withheld.append)
-            chosen = select_modules(root, spec.modules, argument="modules") if spec.modules else {}
-            inside = [child for module in chosen.values() for child in module.modules()]
+            inside = [child for module in _chosen(root, spec.modules, must_match) for child in module.modules()]
             for child in inside:
                 fqn = self._names[id(child)]
                 if isinstance(child, torch.jit.ScriptModule):
@@ -376,6 +389,15 @@ class Pins:
 
 
 _STEP_CODE: CodeType = Pins._run_step.__code__
+
+
+def _chosen(root: nn.Module, selectors: Iterable[Selector], must_match: bool) -> list[nn.Module]:
+    """Return the selected modules. Of those that a run takes out of its model the selectors need no longer match."""
+    chosen: dict[int, nn.Module] = {}
+    for selector in selectors:
+        with nullcontext() if must_match else suppress(UnmatchedPatternError):
+            chosen.update({id(m): m for m in select_modules(root, [selector], argument="modules").values()})
+    return list(chosen.values())
 
 
 def _computes_alone(module: nn.Module) -> bool:

@@ -9,7 +9,7 @@ import functools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from types import FunctionType
+from types import CodeType, FunctionType
 from typing import Any, TypeAlias
 
 import torch
@@ -27,7 +27,7 @@ from lightning_mp.pinning.mode import FunctionPins
 from lightning_mp.recompile import forget_compiled
 from lightning_mp.stand_in import InFront, class_behind, stand_in
 
-__all__ = ["InFP32", "Role", "Swaps", "WithFunctions", "WithoutFunctions", "original_class", "role_of"]
+__all__ = ["ENTERING", "InFP32", "Role", "Swaps", "WithFunctions", "WithoutFunctions", "original_class", "role_of"]
 
 
 # Each role is one function without helpers, which enters and leaves the mode by hand, as torch.compile can trace: what
@@ -107,6 +107,9 @@ class WithoutFunctions:
         finally:
             _push_on_torch_function_stack(self.mode)
 
+
+ENTERING: frozenset[CodeType] = frozenset({InFP32.__call__.__code__, WithFunctions.__call__.__code__})
+"""Code of the roles under which a call is pinned again when it is recomputed; it has a local ``module``."""
 
 Role: TypeAlias = InFP32 | WithFunctions | WithoutFunctions
 

@@ -11,18 +11,16 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_mp.errors import UnsupportedError
 from lightning_mp.formats import HALF_DTYPES
 from lightning_mp.pinning.functions import FunctionRules, PinKind
-from lightning_mp.pinning.mode import FunctionPins
+from lightning_mp.pinning.mode import CHECKPOINT_FILE, FunctionPins, checkpoint_text
 
 __all__ = ["Observation", "PinReport", "PinnedCall", "watch_batch"]
 
-_CHECKPOINT_FILE = torch.utils.checkpoint.__file__
 _CALL = nn.Module._call_impl.__code__
 
 # What the kernels of each kind have in their names, in the ATen operators that autograd runs.
@@ -122,7 +120,7 @@ class _Frames:
         checkpoint = None
         last = None
         while frame is not None:
-            if frame.f_code.co_filename == _CHECKPOINT_FILE:
+            if frame.f_code.co_filename == CHECKPOINT_FILE:
                 checkpoint = frame
             if self._step is not None and frame.f_code is self._step[0]:
                 yield self._step[1], checkpoint
@@ -171,7 +169,7 @@ class _WatchFunctions(FunctionPins):
         if owners and self.rules.get(func, "look inside") != "look inside":
             fqn, checkpoint = owners[0]
             if checkpoint is not None:
-                raise UnsupportedError(_checkpoint_text(func.__name__, fqn))
+                raise UnsupportedError(checkpoint_text(func.__name__, fqn))
             holder = self._frames.hook_holder(sys._getframe(1))
             # The hooks of a compiled wrapper are pinned by who calls it.
             if not self._adopt(fqn, holder) and len(owners) > 1:
@@ -228,14 +226,6 @@ class _WatchKernels(TorchDispatchMode):  # type: ignore[no-untyped-call]
 def _wide_dtype(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.dtype:
     given = next((a.dtype for a in (*args, *kwargs.values()) if isinstance(a, Tensor)), torch.float32)
     return torch.float64 if given is torch.float64 else torch.float32
-
-
-def _checkpoint_text(function: str, fqn: str) -> str:
-    return (
-        f"{function} is called in {fqn or 'the model'} by a bare function under torch.utils.checkpoint.checkpoint. "
-        "Its recomputation in backward runs outside the module, where FP32Pin does not reach. Put that code into the "
-        "forward of an nn.Module that is a submodule of the model, and checkpoint the module."
-    )
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 import logging
 import os
 import re
+import sys
 import warnings
 
 import pytest
@@ -15,7 +16,7 @@ from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from lightning.pytorch.tuner import Tuner
 from lightning.pytorch.utilities.compile import from_compiled
 from torch import nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointError, checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_mp.callbacks.fp32_pin import FP32Pin
@@ -351,6 +352,61 @@ def test_bare_function_under_checkpointing_is_refused_before_it_trains():
     model = Bare()
     with pytest.raises(UnsupportedError, match=r"bare function under torch.utils.checkpoint.checkpoint"):
         trainer(FP32Pin(), **PLUGINS["ours bf16"]()).fit(model, data())
+    assert_nothing_is_left(model)
+
+
+class Growing(Model):
+    """Adds modules at the start of its second epoch, as growing networks do."""
+
+    def build(self):
+        super().build()
+        self.grown = nn.Sequential()
+        self.outputs = []
+
+    def on_train_epoch_start(self):
+        if self.current_epoch == 1:
+            self.grown.append(nn.LayerNorm(4))
+            self.grown.append(nn.Softmax(-1))
+
+    def forward(self, x):
+        h = self.grown(self.attention.query(x))
+        self.outputs.append(h.dtype)
+        return self.head(h)
+
+
+@pytest.mark.parametrize("plugin", BF16_PLUGINS)
+def test_modules_that_are_added_at_the_start_of_an_epoch_are_pinned(plugin):
+    model = Growing()
+    trainer(FP32Pin(), max_epochs=3, **PLUGINS[plugin]()).fit(model, data(2))
+    assert model.outputs == [torch.bfloat16] * 2 + [torch.float32] * 4
+    assert_nothing_is_left(model)
+
+
+class LateFunction(Model):
+    """Checkpoints a method of its own from the second batch on."""
+
+    def __init__(self, use_reentrant):
+        super().__init__()
+        self.bare = use_reentrant
+
+    def attend(self, x):
+        return self.attention.query(x).softmax(-1)
+
+    def training_step(self, batch, batch_idx):
+        x = batch[0].requires_grad_()
+        h = checkpoint(self.attend, x, use_reentrant=self.bare) if batch_idx else self.attend(x)
+        return self.head(h).float().square().mean()
+
+
+@pytest.mark.parametrize("plugin", BF16_PLUGINS)
+@pytest.mark.parametrize(("use_reentrant", "error"), [(True, UnsupportedError), (False, CheckpointError)])
+def test_bare_function_that_is_checkpointed_in_a_later_batch_ends_the_run_with_the_fix(plugin, use_reentrant, error):
+    model = LateFunction(use_reentrant)
+    with pytest.raises(error) as caught:
+        trainer(FP32Pin(), **PLUGINS[plugin]()).fit(model, data())
+    said = " ".join([str(caught.value), *getattr(caught.value, "__notes__", [])])
+    if sys.version_info >= (3, 11):
+        assert re.search("FP32Pin.*forward of an nn.Module that is a submodule of the model, and checkpoint", said)
     assert_nothing_is_left(model)
 
 

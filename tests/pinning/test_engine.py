@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_mp.errors import SettingTypeError, SettingValueError, UnmatchedPatternError, UnsupportedError
 from lightning_mp.pinning import Pins, PinSpec
-from lightning_mp.pinning.swap import WithFunctions, original_class, role_of
+from lightning_mp.pinning.swap import InFP32, WithFunctions, original_class, role_of
 from lightning_mp.selection import select_modules
 
 BF16 = partial(torch.autocast, "cpu", torch.bfloat16)
@@ -263,6 +263,68 @@ def test_checkpointed_bare_function_with_a_pinned_call_is_refused_with_the_fix(u
     with pytest.raises(UnsupportedError, match=r"softmax is called in the model by a bare function under .*checkpoint"):
         model.training_step((x.requires_grad_(), y), 0)
     assert not torch.overrides._get_current_function_mode_stack()
+
+
+class LateCheckpoint(Net):
+    """Checkpoints a method from its second batch on, after it ran as it is."""
+
+    step = 0
+
+    def attend(self, x):
+        return self.first.inner(x).softmax(-1)
+
+    def forward(self, x):
+        self.step += 1
+        attended = checkpoint(self.attend, x, use_reentrant=True) if self.step > 1 else self.attend(x)
+        return self.head(attended.to(x.dtype))
+
+
+class LateCheckpointInModule(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = LateCheckpoint()
+
+    def training_step(self, batch, batch_idx):
+        return F.cross_entropy(self.inner(batch[0]), batch[1])
+
+
+@pytest.mark.parametrize("make", [LateCheckpoint, LateCheckpointInModule])
+def test_bare_function_that_is_checkpointed_reentrantly_after_the_first_batch_is_refused(make):
+    model = make()
+    pins = applied(model, steps=["training_step"])
+    x, y = batch()
+    with BF16():
+        model.training_step((x.requires_grad_(), y), 0).backward()
+    with BF16(), pytest.raises(UnsupportedError, match=r"softmax is called in LateCheckpoint by a bare function.*"):
+        model.training_step((x, y), 1)
+    assert not torch.overrides._get_current_function_mode_stack()
+    # Nothing is recomputed here, in inference mode.
+    with torch.inference_mode(), BF16():
+        model.training_step((x, y), 2)
+    pins.undo_()
+    model.training_step((x, y), 3)
+
+
+@pytest.mark.parametrize("block", [Block, HiddenBlock])
+def test_module_that_is_checkpointed_reentrantly_after_the_first_batch_is_recomputed_pinned(block):
+    class Late(Net):
+        step = 0
+
+        def forward(self, x):
+            self.step += 1
+            x = checkpoint(self.first, x, use_reentrant=True) if self.step > 1 else self.first(x)
+            with torch.no_grad():
+                self.second(x)
+            return self.head(x)
+
+    model = Late(block)
+    applied(model, steps=["training_step"])
+    for _ in range(2):
+        with BF16():
+            loss = model.training_step((torch.randn(4, 8, requires_grad=True), batch()[1]), 0)
+        loss.backward()
+    assert model.first.seen == [torch.float32] * 3
+    assert model.second.seen == [torch.float32] * 2
 
 
 def test_checkpointed_bare_function_whose_pinned_calls_are_in_modules_is_fine():
@@ -597,6 +659,25 @@ def test_copies_and_pickles_of_a_pinned_model_are_plain(copied):
     with torch.no_grad():
         twin.head.weight.zero_()
     assert model.head.weight.any()
+
+
+def test_following_pins_what_was_added_and_asks_no_selector_for_what_was_taken_out():
+    model = Net()
+    pins = applied(model, PinSpec(modules=["head"]))
+    before = classes(model)
+    pins.follow_()
+    assert all(cls is before[name] for name, cls in classes(model).items())
+    model.head = nn.Sequential(nn.Linear(8, 3), nn.Softmax(-1))
+    pins.follow_()
+    assert isinstance(role_of(model.head[0]), InFP32)
+    del model.head
+    model.tail = nn.LayerNorm(8)
+    pins.follow_()
+    assert isinstance(role_of(model.tail), InFP32)
+    pins.undo_()
+    assert type(model.tail) is nn.LayerNorm
+    pins.follow_()
+    assert type(model.tail) is nn.LayerNorm
 
 
 def test_apply_again_pins_what_was_added_since_and_nothing_twice():
