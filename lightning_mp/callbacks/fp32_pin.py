@@ -42,10 +42,13 @@ class FP32Pin(Callback):
     calls what and in what dtype the kernels ran. The result is logged once from rank zero and kept in
     ``reports``. A function that is first reached after that batch is pinned too, under any name: code is
     read, with the globals, closures, defaults and attributes of the instance that it names, also in dicts
-    and lists, and that of forward hooks. What it reaches otherwise, as through an argument or an object of
-    yours, is not: then name the module in ``modules``. Of a module named there ``forward`` is pinned, with what it
-    calls, and no method that is called from elsewhere. A module that is added during the run is pinned from the start
-    of the next epoch on.
+    and lists, and that of forward hooks. What it reaches otherwise is not, as through an argument, a
+    class or object of yours, a package's submodule, an import inside the function, another method of a submodule
+    than ``forward``, or a module that is no submodule of the model: make it a submodule, and name the module whose
+    ``forward`` calls it in ``modules``. Of a module named there only ``forward`` is pinned, with what it calls, and
+    no method that others call. A module that is added during the run is pinned from the start of the next epoch on.
+    Hooks of the LightningModule such as ``on_validation_epoch_end`` are no steps: what they call themselves is
+    not pinned.
 
     The class of a pinned module, of one that calls pinned functions and of the LightningModule is a stand-in until
     the run ends, which passes for the module's own: ``type(m) == nn.LayerNorm``, ``type(m) in (...)``, a dict of
@@ -72,7 +75,8 @@ class FP32Pin(Callback):
         pins: Any of ``"softmax"``, ``"norm"`` and ``"loss"``: the functions and modules of torch.nn of
             that kind, with subclasses of those modules and with what these hold, such as the projection of a loss.
         modules: Further modules, by class or by ``fnmatch`` pattern over the full dotted name, with all
-            that is inside them, such as ``("*.norm", LlamaRMSNorm, "head")``.
+            that is inside them, such as ``("*.norm", LlamaRMSNorm, "head")``. Tensors among their arguments are
+            cast, also in lists, tuples and dicts, and not in dataclasses or other objects.
         output: ``"float32"`` returns FP32; ``"input"`` the dtype of the input, which saves activation
             memory. A loss is returned in FP32 either way, and ``dtype=`` in a call gives that dtype.
 
@@ -236,8 +240,9 @@ def _describe(report: PinReport) -> str:
 def _complain(report: PinReport) -> str:
     found = [f"{call.name} in {call.dtype} in {call.fqn or 'the model'}" for call in report.below_fp32]
     return (
-        f"FP32Pin: despite the pin, {report.step} ran {_few(found)}. This code casts its inputs itself, opens its own "
-        "autocast region, or calls torch.ops, which no pin reaches. Change it there."
+        f"FP32Pin: despite the pin, {report.step} ran {_few(found)}. This code casts its inputs itself, takes them "
+        "from an object that the pin does not look into, opens its own autocast region, or calls torch.ops, which "
+        "no pin reaches. Change it there."
     )
 
 
