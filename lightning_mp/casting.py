@@ -16,11 +16,11 @@ def is_autocast_cache_safe() -> bool:
     without a graph when the first use stood under ``torch.no_grad``: later uses then silently lost
     the gradient. Asked of torch itself, once per process, rather than guessed from its version.
     """
-    weight = nn.Parameter(torch.ones(1, 1))
+    weight = nn.Parameter(torch.ones(1, 1, dtype=torch.float32))
     with torch.enable_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
         with torch.inference_mode(False), torch.no_grad():
-            nn.functional.linear(torch.ones(1, 1), weight)
-        return nn.functional.linear(torch.ones(1, 1), weight).requires_grad
+            nn.functional.linear(torch.ones(1, 1, dtype=torch.float32), weight)
+        return nn.functional.linear(torch.ones(1, 1, dtype=torch.float32), weight).requires_grad
 
 
 def autocast_region(device_type: str, dtype: torch.dtype, *, cache_weights: bool) -> torch.autocast:

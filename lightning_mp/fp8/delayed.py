@@ -33,8 +33,8 @@ class DelayedState:
 
     def __init__(self, recipe: DelayedScaling) -> None:
         self._recipe = recipe
-        self.scale = torch.ones(len(OPERANDS))
-        self.amax_history = torch.zeros(recipe.amax_history_len, len(OPERANDS))
+        self.scale = torch.ones(len(OPERANDS), dtype=torch.float32)
+        self.amax_history = torch.zeros(recipe.amax_history_len, len(OPERANDS), dtype=torch.float32)
 
     def scale_of(self, operand: Operand, device: torch.device) -> Tensor:
         """Return the scale of an operand, 0-dim; the state moves to ``device`` where it is not there."""

@@ -140,7 +140,7 @@ class GradientUnscaler:
         for device, group in _by_device_and_dtype(grads):
             factor = self._inverse_scale(device) if scaled else self._ones.get(device)
             if factor is None:
-                factor = self._ones[device] = torch.ones((), device=device)
+                factor = self._ones[device] = torch.ones((), dtype=torch.float32, device=device)
             found = found_inf if device == found_inf.device else self._new_zero(device)
             if device.type == "cuda" and group[0].dtype is torch.bfloat16:
                 # torch's kernel does not know BF16 on CUDA (seen in 2.11; pytorch/pytorch#127176).
@@ -157,7 +157,7 @@ class GradientUnscaler:
         """Return a fresh zero, 0-dim FP32. They are made many at a time: on CUDA each would be a kernel of its own."""
         zeros = self._zeros.get(device)
         if not zeros:
-            zeros = self._zeros[device] = list(torch.zeros(_NUM_ZEROS, device=device).unbind())
+            zeros = self._zeros[device] = list(torch.zeros(_NUM_ZEROS, dtype=torch.float32, device=device).unbind())
         return zeros.pop()
 
     def _inverse_scale(self, device: torch.device) -> Tensor:
@@ -190,7 +190,7 @@ def gradient_amaxes(optimizer: Optimizer) -> tuple[list[Parameter], Tensor]:
     """
     params = [p for p in _params(optimizer) if p.grad is not None and _values(p.grad).numel() > 0]
     if not params:
-        return [], torch.zeros(0)
+        return [], torch.zeros(0, dtype=torch.float32)
     amaxes = [_values(p.grad).abs().amax().float() for p in params]  # type: ignore[arg-type]
     return params, torch.stack([a.to(amaxes[0].device) for a in amaxes])
 

@@ -146,7 +146,7 @@ class FusedAdam:
         from lightning_mp.master_weights.fused_check import may_wait
 
         with may_wait(device):
-            is_refused = torch.tensor(float(reason is not None), device=device)
+            is_refused = torch.tensor(float(reason is not None), dtype=torch.float32, device=device)
             dist.all_reduce(is_refused, op=dist.ReduceOp.MAX, group=self.process_group)
             return reason or ("another rank cannot use the kernel" if bool(is_refused) else None)
 
@@ -279,7 +279,8 @@ class FusedAdam:
 
     def _constants_on(self, device: torch.device) -> tuple[Tensor, Tensor]:
         if device not in self._constants:
-            self._constants[device] = torch.ones((), device=device), torch.zeros((), device=device)
+            one = torch.ones((), dtype=torch.float32, device=device)
+            self._constants[device] = one, torch.zeros_like(one)
         return self._constants[device]
 
 

@@ -114,7 +114,7 @@ class _Trial:
             for param, exact in zip(self._params, self._exact, strict=True):
                 param.grad = _wave(param.numel(), 3.0 + step, param.device).to(self._grad_dtype)
                 exact.grad = param.grad.to(torch.float32, copy=True)
-            norm = torch.ones((), device=self._params[0].device)
+            norm = torch.ones((), dtype=torch.float32, device=self._params[0].device)
             self._gradients.clip_with_norm_(self._params, 0.75, norm)
             nn.utils.clip_grads_with_norm_(self._exact, 0.75, norm)
             skipped = (norm * (step == 2)).detach()

@@ -223,7 +223,7 @@ def total_grad_norm(grads: list[Tensor], norm_type: float = 2.0) -> Tensor:
         tensor(5.)
     """
     if not grads:
-        return torch.tensor(0.0)
+        return torch.tensor(0.0, dtype=torch.float32)
     norms = [norm.to(grads[0].device) for norm in _norms(grads, norm_type)]
     total: Tensor = torch.linalg.vector_norm(torch.stack([norm.to(_widest(norms)) for norm in norms]), norm_type)
     return total

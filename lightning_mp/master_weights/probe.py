@@ -119,7 +119,7 @@ def _stage(
 ) -> list[Tensor]:
     for _ in range(steps):
         for size, param in enumerate(params, start=1):
-            param.grad = size * torch.randn(param.shape)
+            param.grad = size * torch.randn(param.shape, dtype=torch.float32)
         run()
     return [masters[param].value().clone() if masters else param.detach().clone() for param in params]
 
@@ -179,7 +179,8 @@ def _small_group(group: dict[str, Any], memo: dict[int, Any]) -> dict[str, Any]:
     settings = copy.deepcopy({key: value for key, value in group.items() if key != "params"}, memo)
     params = []
     for source in _examples(group):
-        param = nn.Parameter(torch.randn((_SIDE,) * (2 if is_lazy(source) else source.dim())))
+        shape = (_SIDE,) * (2 if is_lazy(source) else source.dim())
+        param = nn.Parameter(torch.randn(shape, dtype=torch.float32))
         attributes = {name: value for name, value in vars(source).items() if not name.startswith("__")}
         vars(param).update(copy.deepcopy(attributes, memo))
         memo.setdefault(id(source), param)
@@ -193,7 +194,8 @@ def _small_state(value: Any, source: nn.Parameter, param: nn.Parameter) -> Any:
         return copy.deepcopy(value)
     first = value.flatten()[0]
     if bool((value == first).all()):
-        return torch.full(param.shape, first.item())
+        dtype = param.dtype if value.is_floating_point() else value.dtype
+        return torch.full(param.shape, first.item(), dtype=dtype)
     return param.detach().clone()
 
 

@@ -71,7 +71,7 @@ def tally_gradients(
         factor: What gradients are to be multiplied by before they count.
     """
     # The empty piece stands for a rank without gradients.
-    pieces = chain(_pieces(gradients), [torch.zeros(0, device=device)])
+    pieces = chain(_pieces(gradients), [torch.zeros(0, dtype=torch.float32, device=device)])
     parts = [_tally_piece(piece if factor == 1.0 else piece * factor, loss_scale) for piece in pieces]
     counts = torch.stack([part.counts.to(device) for part in parts]).sum(0)
     return DeviceTally(counts, torch.stack([part.amax.to(device) for part in parts]).amax())

@@ -246,7 +246,7 @@ def _backward(model: nn.Module, loss: Tensor, loss_scale: float, seen: Observati
     """Take gradients without touching ``.grad``, the hooks of a reducer, or accumulators."""
     parameters = [p for p in model.parameters() if p.requires_grad and not is_lazy(p)]
     # A 0-dim FP32 tensor, as a scaler has: times a number an FP16 loss would stay FP16, and 65536 is Inf there.
-    scaled = loss * torch.full((), loss_scale, device=loss.device)
+    scaled = loss * torch.full((), loss_scale, dtype=torch.float32, device=loss.device)
     grads = torch.autograd.grad(scaled, parameters, allow_unused=True)
     for parameter, grad in zip(parameters, grads, strict=True):
         if grad is not None:
