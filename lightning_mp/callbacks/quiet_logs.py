@@ -18,27 +18,30 @@ def quiet_logs(trainer: Trainer, module: LightningModule, batch: Any) -> Iterato
     which come off afterwards. What is written by ``logger.experiment`` is not seen here.
     """
     loop, connector = trainer.fit_loop.epoch_loop, trainer._logger_connector
+    # Not by setattr: a module may have a __setattr__ of its own.
+    own = module.__dict__
     results, last_hook, hook = loop._results, connector._current_fx, module._current_fx_name
     silenced = [(vars(logger), name) for logger in trainer.loggers for name in _log_methods(logger)]
     try:
         loop._results = _ResultCollection(training=True)
         loop._results.batch = batch
-        module._current_fx_name = "training_step"
+        own["_current_fx_name"] = "training_step"
         for attributes, name in silenced:
             attributes[name] = _do_nothing
         yield
     finally:
-        loop._results, connector._current_fx, module._current_fx_name = results, last_hook, hook
+        loop._results, connector._current_fx = results, last_hook
+        own["_current_fx_name"] = hook
         for attributes, name in silenced:
             attributes.pop(name, None)
 
 
 def _log_methods(logger: Any) -> list[str]:
     """Return those that the class defines, and nobody replaced on the object."""
-    own = getattr(logger, "__dict__", None)
-    if own is None:
+    replaced = getattr(logger, "__dict__", None)
+    if replaced is None:
         return []
-    names = (name for name in dir(type(logger)) if name.startswith("log_") and name not in own)
+    names = (name for name in dir(type(logger)) if name.startswith("log_") and name not in replaced)
     return [name for name in names if callable(getattr(type(logger), name, None))]
 
 

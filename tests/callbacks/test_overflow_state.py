@@ -544,3 +544,22 @@ def test_loggers_get_their_methods_back_where_the_replay_fails() -> None:
     assert [row[1]["mine"] for row in logger.rows if "mine" in row[-1]] == [0.0, 1.0, 2.0, 3.0]
     assert not [name for name in vars(logger) if name.startswith("log_")]
     assert [e.phase for e in monitor.events] == ["backward", "backward"]
+
+
+def test_replay_sets_no_attribute_by_the_modules_own_setattr() -> None:
+    class Counts(Logs):
+        num_set = 0
+
+        def __setattr__(self, name: str, value: Any) -> None:
+            super().__setattr__(name, value)
+            self.__dict__["num_set"] = self.num_set + 1
+
+    counts = []
+    # The same hooks, around which Lightning sets attributes, with and without a replay.
+    for monitor in (OverflowMonitor(probe="gradients"), OverflowMonitor()):
+        model = Counts()
+        fit(model, monitor, num=3, logger=Rows())
+        counts.append(model.num_set)
+        assert len(monitor.events) == 2
+    assert monitor.events[0].fqn == "loss"
+    assert counts[0] == counts[1]
