@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from lightning_mp.fp8.delayed import DelayedState
-from lightning_mp.fp8.layer import LayerBackend, LayerSettings
+from lightning_mp.fp8.layer import LayerBackend, LayerSettings, version_of
 from lightning_mp.fp8.quantize import (
     BLOCK_SIZE,
     Quantized,
@@ -133,7 +133,7 @@ class EmulatedBackend(LayerBackend):
             if self._cached is None or not self._is_of(self._cached, weight):
                 self._count_cast()
                 quantized = self.quantize(self._values_of(weight), "weight", is_recorded=is_recorded)
-                source, version = weight.detach().clone(), _version_of(weight)
+                source, version = weight.detach().clone(), version_of(weight)
                 self._cached = _CachedWeight(source, version, quantized, is_recorded, self._is_measured())
             elif is_recorded and not self._cached.is_recorded:
                 self._record(self._values_of(weight), "weight")
@@ -145,7 +145,7 @@ class EmulatedBackend(LayerBackend):
 
     def _is_of(self, cached: _CachedWeight, weight: Tensor) -> bool:
         # A write of the same bits may have come with another master, as a load does.
-        is_written = self.settings.step.weight_source is not None and cached.version != _version_of(weight)
+        is_written = self.settings.step.weight_source is not None and cached.version != version_of(weight)
         return is_same(cached.source, weight) and not is_written
 
     def _values_of(self, weight: Tensor) -> Tensor:
@@ -170,10 +170,6 @@ class EmulatedBackend(LayerBackend):
         # Masters change below what the weight's own bits show, and delayed scales change by themselves.
         if (self.delayed is not None and has_amax) or self.settings.step.weight_source is not None:
             self._cached = None
-
-
-def _version_of(weight: Tensor) -> int | None:
-    return None if weight.is_inference() else weight._version
 
 
 def is_same(cached: Tensor, weight: Tensor) -> bool:

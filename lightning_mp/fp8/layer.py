@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lightning_mp.fp8.recipes import Operand
 from lightning_mp.stand_in import InFront, StandIn, class_behind, stand_in
 
-__all__ = ["ConvertedLinear", "FP8Linear", "LayerBackend", "LayerSettings", "StepFlags", "without_fp8"]
+__all__ = ["ConvertedLinear", "FP8Linear", "LayerBackend", "LayerSettings", "StepFlags", "version_of", "without_fp8"]
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -102,6 +102,11 @@ class LayerBackend:
 
     def stop_measuring(self) -> None:
         """Take back what watches casts, if anything does."""
+
+
+def version_of(weight: Tensor) -> int | None:
+    """Return what grows with each write that autograd sees; ``None`` for a tensor of inference mode."""
+    return None if weight.is_inference() else weight._version
 
 
 def without_fp8(cls: type[nn.Module]) -> type[nn.Module]:

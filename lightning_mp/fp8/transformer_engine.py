@@ -30,7 +30,7 @@ from lightning_mp.errors import FP8UnavailableError, SettingValueError, Unsuppor
 from lightning_mp.fp8.coverage import ALIGNMENT
 from lightning_mp.fp8.delayed import OPERANDS, DelayedState
 from lightning_mp.fp8.emulated import EmulatedBackend
-from lightning_mp.fp8.layer import LayerBackend, LayerSettings
+from lightning_mp.fp8.layer import LayerBackend, LayerSettings, version_of
 from lightning_mp.fp8.library_casts import CastWatch, cast_weight_from, measure_library_cast, watch_casts
 from lightning_mp.fp8.recipes import (
     BlockScaling,
@@ -400,7 +400,7 @@ class EngineBackend(LayerBackend):
         weight, cast = layer.weight, self._cast_from
         needs_transpose = torch.is_grad_enabled() and x.requires_grad
         is_inference = torch.is_inference_mode_enabled()
-        version = None if weight.is_inference() else weight._version
+        version = version_of(weight)
         key = (weight.data_ptr(), version, is_inference)
         is_known = cast is not None and cast[0] is weight and cast[2:] == key and cast[1] >= needs_transpose
         if is_known and version is not None and layer.training:
